@@ -23,6 +23,7 @@ from .plan import Device
 
 T = TypeVar("T")
 DEADLINE = 60.0  # seconds
+STUCK = 0.05  # seconds
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 
@@ -170,16 +171,29 @@ def _directories(path: bytes) -> Iterator[bytes]:
         yield path
 
 
-def each(items: Sequence[T], work: Callable[[Traveller, T], None], proc: Fd, threads: int, deadline: float = DEADLINE) -> None:
+def each(
+    items: Sequence[T],
+    work: Callable[[Traveller, T], object],
+    proc: Fd,
+    threads: int,
+    deadline: float = DEADLINE,
+    stuck: float = STUCK,
+) -> None:
     """``work(traveller, item)`` for all items in travelling threads; ends when all are done.
 
+    One thread works: two would take the interpreter's lock from each other around every one of thousands of short system
+    calls, which takes half as long again. Another joins in whenever nothing was done for a while, so that a container that
+    holds up its thread holds up no other container.
+
+    :param threads: at most
     :param deadline: seconds for all of it
+    :param stuck: seconds without an item done until another thread joins in
     :raises BaseException: the first that a ``work`` raised; then not all items were worked on
     :raises TimeoutError: a thread hangs, as the last unmount of a file system may while it writes back. It ends when its
         connection is aborted; until then nothing that it uses may be closed.
     """
     end = time.monotonic() + deadline
-    queue, lock, failures = iter(items), threading.Lock(), list[BaseException]()
+    queue, lock, failures, done = iter(items), threading.Lock(), list[BaseException](), list[T]()
     home = Fd(os.open("thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc.fileno()), "own mount namespace")
 
     def run() -> None:
@@ -189,18 +203,25 @@ def each(items: Sequence[T], work: Callable[[Traveller, T], None], proc: Fd, thr
                     with lock:
                         item = next(queue)
                     work(traveller, item)
+                    done.append(item)
         except StopIteration:
             pass
         except BaseException as error:  # it is formatted by the caller: here a traceback would read a container's files
             failures.append(error)
 
-    started = [threading.Thread(target=run, name=f"swap-{n}", daemon=True) for n in range(min(threads, len(items)))]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join(max(0.0, end - time.monotonic()))
-    if any(thread.is_alive() for thread in started):
-        raise TimeoutError(errno.ETIMEDOUT, "threads that work on mounts hang", f"{deadline:g} s")
+    started: list[threading.Thread] = []
+    before = 0
+    while True:
+        if len(done) == before and len(started) < min(threads, len(items)):
+            started.append(threading.Thread(target=run, name=f"swap-{len(started)}", daemon=True))
+            started[-1].start()
+        before = len(done)
+        working = next((thread for thread in started if thread.is_alive()), None)
+        if working is None:
+            break
+        if time.monotonic() > end:
+            raise TimeoutError(errno.ETIMEDOUT, "threads that work on mounts hang", f"{deadline:g} s")
+        working.join(min(stuck, max(0.0, end - time.monotonic())))
     home.close()
     if failures:
         raise failures[0]

@@ -29,7 +29,7 @@ from .unhashed import named
 
 log = logging.getLogger(__name__)
 
-THREADS = 16  # they wait for RCU in each umount (70 us), not for a processor
+THREADS = 16  # at most; one works as long as nothing holds it up
 PASSES = 8
 
 Record = Callable[[Device, dict[int, str]], None]

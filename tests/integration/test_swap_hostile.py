@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from incus_fusecr.linux import mountapi
 from incus_fusecr.linux.fd import Fd
 from incus_fusecr.linux.mount import mountinfo
 from incus_fusecr.linux.statx import mount_id
+from incus_fusecr.recovery import namespaces
+from incus_fusecr.recovery.namespaces import Traveller, open_proc
 from incus_fusecr.recovery.plan import Device
 from incus_fusecr.recovery.swap import Swapper
 
@@ -268,3 +271,39 @@ def test_locked_mounts_that_receive(made: SwapBox) -> None:
         assert [m.minor for m in each.at(c.place / "d")] == [made.fresh.connection]
         assert each(f"cat {c.place}/d/cpu/online") == "fresh sys/cpu/online"
     assert c.attempt(f"mount -o remount,bind,rw {c.place}/d")[0]
+
+
+def test_one_that_holds_up_its_thread_holds_up_nobody_else() -> None:
+    others, names = threading.Event(), set()
+    done: list[int] = []
+
+    def work(_traveller: Traveller, item: int) -> None:
+        names.add(threading.current_thread().name)
+        if item == 0:
+            assert others.wait(60), "nobody came to do the others"
+        done.append(item)
+        if len(done) == 9:
+            others.set()
+
+    with open_proc() as proc:
+        namespaces.each(range(10), work, proc, 16)
+    assert sorted(done) == list(range(10)) and len(names) > 1
+
+
+def test_one_thread_does_it_while_nothing_holds_it_up() -> None:
+    """More would take the interpreter's lock from each other around each of thousands of system calls."""
+    names = set()
+    with open_proc() as proc:
+        namespaces.each(range(100), lambda _traveller, _item: names.add(threading.current_thread().name), proc, 16, stuck=30)
+    assert names == {"swap-0"}
+
+
+def test_a_thread_that_hangs_has_a_deadline() -> None:
+    go = threading.Event()
+    with open_proc() as proc:
+        with pytest.raises(TimeoutError):
+            namespaces.each([1], lambda _traveller, _item: bool(go.wait(60)), proc, 16, deadline=0.1)
+        go.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("swap-"):
+                thread.join(60)
