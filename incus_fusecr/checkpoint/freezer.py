@@ -4,12 +4,15 @@
 Incus freezes containers (before it copies files, and for ``incus pause``) without knowing about FUSE. The guard looks for
 cgroups that somebody wants frozen and that do not get there: it thaws them, brings them to rest in the right order, freezes
 again, and lets everything go on when they are thawed. What it stops is in the journal before, for the next agent.
+
+A write to ``cgroup.freeze`` wakes it, by inotify(7); what it was not told of it sees a second later.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import threading
 import time
 from contextlib import suppress
@@ -18,6 +21,7 @@ from typing import Any
 
 from ..fuse import connection
 from ..linux import proc
+from ..linux.inotify import IN_CREATE, IN_DELETE, IN_MODIFY, IN_ONLYDIR, Inotify
 from ..linux.proc import read_text
 from ..linux.zygote import Zygote
 from . import peers, quiesce, scan
@@ -29,7 +33,8 @@ from .quiesce import Stopper
 log = logging.getLogger(__name__)
 
 KIND = "guard"
-INTERVAL = 0.1
+INTERVAL = 0.1  # seconds between looks while somebody freezes
+IDLE = 1.0  # seconds between looks when nothing is known to happen
 PATIENCE = 0.1
 FREEZE_SECONDS = 5.0
 # Each attempt lets the container run for up to FREEZE_SECONDS, though somebody wants it frozen.
@@ -51,6 +56,53 @@ class Freezing:
     failures: int = 0
 
 
+class Changes:
+    """Waits until something may have happened to a container's freezer."""
+
+    def __init__(self) -> None:
+        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._inotify: Inotify | None = None
+        try:
+            self._inotify = Inotify()
+        except OSError as error:
+            self._missing(error)
+
+    @staticmethod
+    def _missing(error: OSError) -> None:
+        log.warning("freeze guard: %s: it looks ten times a second instead (raise fs.inotify.max_user_instances, _watches)", error)
+
+    def watch(self, root: str, payloads: list[str]) -> None:
+        """Be woken by what happens in ``root`` and to these cgroups in it, and no more to others."""
+        if self._inotify is None:
+            return
+        files = {f"{path}/{name}" for path in payloads for name in ("cgroup.freeze", "cgroup.events")}
+        for gone in set(self._inotify.watched) - files - {root}:
+            self._inotify.forget(gone)
+        try:
+            self._inotify.watch(root, IN_CREATE | IN_DELETE | IN_ONLYDIR)
+            for file in files:
+                with suppress(FileNotFoundError):
+                    self._inotify.watch(file, IN_MODIFY)
+        except OSError as error:
+            self._missing(error)
+            self._inotify.close()
+            self._inotify = None
+
+    def wait(self, seconds: float) -> None:
+        """Until something changes, :meth:`wake`, or so many seconds."""
+        poll = select.poll()
+        poll.register(self._woken, select.POLLIN)
+        if self._inotify is not None:
+            poll.register(self._inotify, select.POLLIN)
+        poll.poll((seconds if self._inotify is not None else min(seconds, INTERVAL)) * 1e3)
+        if self._inotify is not None:
+            self._inotify.drain()
+
+    def wake(self) -> None:
+        """End the present :meth:`wait`, and all later ones."""
+        os.eventfd_write(self._woken, 1)
+
+
 @dataclass
 class FreezeGuard:
     """Watches ``lxc.payload.*`` below ``root``; one thread."""
@@ -61,6 +113,7 @@ class FreezeGuard:
     freezing: dict[str, Freezing] = field(default_factory=dict)
     held: dict[str, Stopper] = field(default_factory=dict)
     ended: threading.Event = field(default_factory=threading.Event)
+    changes: Changes = field(default_factory=lambda: Changes())
     running: bool = False
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -69,9 +122,11 @@ class FreezeGuard:
         self.running = True
         try:
             self.recover()
-            while not self.ended.wait(INTERVAL):
-                with guarded(log, "freeze guard"):
-                    self.look()
+            while not self.ended.is_set():
+                self.changes.wait(INTERVAL if self.freezing else IDLE)
+                if not self.ended.is_set():
+                    with guarded(log, "freeze guard"):
+                        self.look()
         finally:
             for path in list(self.held):
                 with guarded(log, f"freeze guard: {path}"):
@@ -81,6 +136,7 @@ class FreezeGuard:
     def close(self) -> None:
         """Let go of what is stopped here, and end."""
         self.ended.set()
+        self.changes.wake()
         if self.running and not self.over.wait(CLOSE_SECONDS):
             log.error("freeze guard: does not end")
 
@@ -102,10 +158,11 @@ class FreezeGuard:
 
     def look(self) -> None:
         """One round over all containers; what fails with one is not the others' business."""
-        for entry in os.scandir(self.root):
-            if entry.name.startswith("lxc.payload."):
-                with guarded(log, f"freeze guard: {entry.name}"), suppress(FileNotFoundError):
-                    self._look_at(entry.path, entry.name)
+        payloads = [entry for entry in os.scandir(self.root) if entry.name.startswith("lxc.payload.")]
+        self.changes.watch(self.root, [entry.path for entry in payloads])  # before they are looked at
+        for entry in payloads:
+            with guarded(log, f"freeze guard: {entry.name}"), suppress(FileNotFoundError):
+                self._look_at(entry.path, entry.name)
         for path in [p for p in self.held if not os.path.isdir(p)]:
             self.held.pop(path).forget()
             self.journal.remove(KIND, os.path.basename(path))

@@ -217,3 +217,85 @@ def test_one_containers_failure_is_not_the_others(
     assert container.state("T") == "T"
     guard.close()
     guard.held[str(container.path)].resume()
+
+
+def started(guard: FreezeGuard) -> threading.Thread:
+    thread = threading.Thread(target=guard.run)
+    thread.start()
+    return thread
+
+
+def test_a_write_to_cgroup_freeze_wakes_it(
+    guard: FreezeGuard, container: Container, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freezer, "IDLE", 600.0)
+    container.freeze("0")
+    guard.look()
+    thread = started(guard)
+    container.freeze("1")
+    assert container.state("T") == "T"
+    container.freeze("0")
+    assert container.state("S") == "S"
+    # one that came later; a real cgroup has its files from its first moment on
+    later = Container(root, "lxc.payload.c2")
+    (root / "lxc.monitor.c2").mkdir()
+    try:
+        assert later.state("T") == "T"
+    finally:
+        guard.close()
+        thread.join()
+        later.process.kill()
+        later.process.wait()
+
+
+def test_it_looks_seldom_while_nothing_happens(
+    guard: FreezeGuard, container: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freezer, "IDLE", 600.0)
+    container.freeze("0")
+    guard.look()
+    looks: list[int] = []
+    monkeypatch.setattr(guard, "look", lambda: looks.append(1))
+    thread = started(guard)
+    time.sleep(0.5)
+    guard.close()
+    thread.join()
+    assert not looks
+
+
+def test_without_inotify_it_looks_all_the_time(
+    guard: FreezeGuard, container: Container, root: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("ten times a second instead")
+
+    def none() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(freezer, "Inotify", none)
+    monkeypatch.setattr(freezer, "IDLE", 600.0)
+    container.freeze("0")
+    blind = FreezeGuard(None, guard.journal, str(root))  # type: ignore[arg-type]
+    thread = started(blind)
+    container.freeze("1")
+    assert container.state("T") == "T"
+    blind.close()
+    thread.join()
+    assert container.state("S") == "S"
+
+
+def test_what_is_gone_is_watched_no_more(guard: FreezeGuard, container: Container, root: Path) -> None:
+    """kernfs would keep the watches of all containers that ever were."""
+    container.freeze("0")
+    assert guard.changes._inotify is not None
+    for number in range(3):
+        one = root / f"lxc.payload.t{number}"
+        one.mkdir()
+        (one / "cgroup.freeze").write_text("0\n")
+        (one / "cgroup.events").write_text("frozen 0\npopulated 1\n")
+        guard.look()
+        assert f"{one}/cgroup.freeze" in guard.changes._inotify.watched
+        for file in one.iterdir():
+            file.unlink()
+        one.rmdir()
+    guard.look()
+    assert len(guard.changes._inotify.watched) == 3
