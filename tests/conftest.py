@@ -24,6 +24,9 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+# Each worker of pytest-xdist has a lab of its own, see lab/fusecr_lab/testing.py.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and "FUSECR_LABS" in os.environ:
+    os.environ["FUSECR_LAB"] = os.environ["FUSECR_LABS"].split(",")[int(worker.removeprefix("gw"))]
 sys.path.insert(0, str(TESTS / "workload"))  # check, daemons and the clients, as they lie in a container
 
 import daemons  # noqa: E402

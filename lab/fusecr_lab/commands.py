@@ -30,7 +30,7 @@ def up(lab: Lab, count: int, driver: str, cgroup: str = CGROUPS[0], init: str = 
     if cgroup == "v1" and not cgroups.v1_mounts():
         raise LabError("--cgroup v1: this machine has no cgroup v1 hierarchy mounted", 2)
     with lab.lock("up"):
-        fresh = Lab.load()  # another command may have changed it until we held the lock
+        fresh = Lab.load(lab.name)  # another command may have changed it until we held the lock
         if fresh.ready and all(h.alive for h in fresh.hosts.values()):
             wanted = replace(fresh, driver=driver, cgroups=cgroup, init=init).shape
             if len(fresh.incus_hosts) == count and fresh.shape == wanted:
@@ -135,7 +135,7 @@ def down(lab: Lab) -> None:
     from . import tree
     with lab.lock("down"):
         tree.remove_failed_builds()
-        fresh = Lab.load()
+        fresh = Lab.load(lab.name)
         if not fresh.dir.exists() and not cgroups.exists(fresh.cgroup):
             progress(f"lab {lab.name!r} is not up")
             return
@@ -154,11 +154,18 @@ def reload(lab: Lab) -> None:
 
 
 def test(lab: Lab, arguments: Sequence[str], driver: str) -> int:
-    """Run the tests; return pytest's exit code. A lab that was not up is taken down again."""
+    """Run the tests; return pytest's exit code. A lab that was not up is taken down again.
+
+    All tests run on two labs side by side: most of those on a lab wait for deadlines of the product.
+    """
     from . import testing
     if not testing.needs_lab(arguments):
-        return testing.run_pytest(lab, arguments)
-    return _with_lab(lab, driver, lambda present: testing.run_pytest(present, arguments), keep=False)
+        return testing.run_pytest([lab], arguments)
+    if arguments:
+        return _with_lab(lab, driver, lambda present: testing.run_pytest([present], arguments), keep=False)
+    second = Lab.load(f"{lab.name[:24]}-2")
+    return _with_lab(lab, driver, lambda present: _with_lab(
+        second, driver, lambda other: testing.run_pytest([present, other], arguments), keep=False), keep=False)
 
 
 def demo(lab: Lab, driver: str, keep: bool) -> int:
@@ -173,9 +180,9 @@ def _with_lab(lab: Lab, driver: str, work: Callable[[Lab], int], *, keep: bool) 
     fits = present and len(lab.incus_hosts) >= 2 and lab.driver == driver
     mine = not fits and up(lab, 2, driver)
     if not mine:
-        reload(Lab.load())
+        reload(Lab.load(lab.name))
     try:
-        return work(Lab.load())
+        return work(Lab.load(lab.name))
     finally:
         if mine and not keep:
             down(lab)

@@ -113,9 +113,9 @@ class Lab:
         new.rename(self.dir / "lab.json")
 
     @classmethod
-    def load(cls) -> Lab:
-        """Return the lab named by FUSECR_LAB with its record, an empty one if it is not up."""
-        name = os.environ.get("FUSECR_LAB") or "lab"
+    def load(cls, name: str = "") -> Lab:
+        """Return a lab (by default the one named by FUSECR_LAB) with its record, an empty one if it is not up."""
+        name = name or os.environ.get("FUSECR_LAB") or "lab"
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
             raise LabError(f"FUSECR_LAB={name!r}: use up to 32 lower case letters, digits and dashes", 2)
         lab = cls(name)

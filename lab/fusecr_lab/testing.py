@@ -63,13 +63,17 @@ def needs_lab(arguments: Sequence[str]) -> bool:
     return not named or any(p == lab_tests or lab_tests in p.parents or p in lab_tests.parents for p in named)
 
 
-def run_pytest(lab: Lab, arguments: Sequence[str]) -> int:
-    """Run pytest in the project's root; return its exit code."""
+def run_pytest(labs: Sequence[Lab], arguments: Sequence[str]) -> int:
+    """Run pytest in the project's root, with a worker for each lab if there are several; return its exit code."""
     venv = environment()
     tree.need_packages(MACHINE)
-    env = {**os.environ, "FUSECR_LAB": lab.name, "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": str(venv),
-           "PATH": f"{venv}/bin:{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"}
+    names = ",".join(lab.name for lab in labs)
+    env = {**os.environ, "FUSECR_LAB": labs[0].name, "FUSECR_LABS": names, "PYTHONDONTWRITEBYTECODE": "1",
+           "VIRTUAL_ENV": str(venv), "PATH": f"{venv}/bin:{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"}
     argv = [str(venv / "bin/python"), "-m", "pytest", "-p", "no:cacheprovider", *(arguments or ["tests"])]
+    if len(labs) > 1:
+        # A file's tests share their containers.
+        argv += ["-n", str(len(labs)), "--dist", "loadfile", "--no-loadscope-reorder"]
     try:
         process = subprocess.Popen(argv, cwd=REPO, env=env)
     except OSError as err:
