@@ -38,7 +38,6 @@ REPORTS = f"{PLACE}/reports"
 PROGRAM = Path(__file__).with_name("filesystem.py")
 READY_SECONDS = 30.0  # until everything stands by again
 SERVE_SECONDS = 20.0
-UPGRADE_SECONDS = 40.0
 END_SECONDS = 20.0
 WARM_UP = 1.0
 FAILURES = 5  # of a guard one after another: no more are waited for
@@ -186,7 +185,7 @@ class Drill:
             _sleep_until(start + window)
             until = start + window
         else:
-            supervisor.call(lambda: supervisor.upgrade(NAME, ""), UPGRADE_SECONDS)
+            supervisor.upgrade(NAME, "")
             until = time.monotonic_ns()
         self._ready(supervisor, events)
         self.record.done.append(outcome.Done(kind, control, (start, time.monotonic_ns()), until, serving))

@@ -92,7 +92,7 @@ class Supervisor:
     # -- for others
 
     def call(self, work: Callable[[], Any], seconds: float = REQUEST_SECONDS) -> Any:
-        """``work`` in the thread of the supervisor: what it returns or raises.
+        """``work`` in the thread of the supervisor, from any other thread: what it returns or raises.
 
         :raises TimeoutError: not in time
         :raises FusecrError: the thread has failed
@@ -102,7 +102,12 @@ class Supervisor:
         self._wake()
         if self._failed:
             self._refuse_requests()
-        return future.result(seconds)
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            if future.done():
+                raise  # what the work itself raised
+            raise TimeoutError(f"the supervisor's thread did not come to it in {seconds:g} s") from None
 
     def stop(self, hand_back: bool, seconds: float = 20.0) -> list[str]:
         """End the thread.
