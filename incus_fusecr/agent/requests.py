@@ -7,7 +7,6 @@ container is stopped with its state beside it, or goes on. Nothing in a request 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
@@ -22,11 +21,8 @@ from ..errors import EXIT_REFUSED, FusecrError
 from ..incus.ask import (
     ANSWER_KEY,
     ASK_KEY,
-    MAX_TEXT,
     REPORT_KEY,
     REQUEST_KEY,
-    TOO_LONG,
-    TRUNCATED,
     VERSION,
     is_count,
     parse_report,
@@ -35,15 +31,14 @@ from ..incus.ask import (
 from ..incus.client import Server
 from ..incus.config import Config
 from ..incus.events import CONNECTED, follow
-from ..incus.failures import ApiError, NotFound
+from ..incus.failures import NotFound
 from ..incus.mailbox import PROFILE_PREFIX
-from . import brief
 from .agenda import Agenda
 from .loop import Loop
+from .reports import Report, Reports, report_text
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS = 30.0
 BIND = "bind"
 # The one thing that may be asked in a profile without an instance: by a client that may not write the server's keys.
 FACTS = "facts"
@@ -105,23 +100,6 @@ class Request:
         return cls(raw, project, name, mailbox)
 
 
-def report_text(request_id: str, seq: int, phase: str, data: Any, error: FusecrError | None) -> str:
-    """``user.fusecr.report``, never longer than a reader takes: one that would be is an error, not a shorter answer."""
-    body = {
-        "v": VERSION,
-        "id": request_id,
-        "seq": seq,
-        "phase": phase,
-        "data": data,
-        "error": brief.error(error) if error else None,
-    }
-    text = json.dumps(body)
-    if len(text) > MAX_TEXT:
-        log.error("report %d of %s: phase %s, %d bytes are more than a report may have", seq, request_id, phase, len(text))
-        text = json.dumps({**body, "data": {TRUNCATED: True}, "error": body["error"] or TOO_LONG})
-    return text
-
-
 class Requests:
     """Follows the events of the local server; one thread of its own, one for each request.
 
@@ -153,6 +131,7 @@ class Requests:
         self._asked: set[str] = set()
         self._doing: dict[threading.Thread, tuple[str, str]] = {}
         self._turned_away: dict[tuple[str, str], tuple[str, str]] = {}
+        self._reports = Reports(lambda project: self.server(project))
         self._instances: Agenda[tuple[str, str]] = Agenda()
         self._others: Agenda[tuple[str, str]] = Agenda()
         self.stop = threading.Event()
@@ -205,8 +184,10 @@ class Requests:
             self._others.put((project, parts[-1]), AGAIN)
             self._read_profile(server, project, parts[-1])
         elif action in ("instance-deleted", "profile-deleted") and len(parts) == 4:
+            mailbox = f"{parts[2]}/{parts[3]}", project
+            self._reports.forget(mailbox)
             with self._lock:
-                self._seen.pop((f"{parts[2]}/{parts[3]}", project), None)
+                self._seen.pop(mailbox, None)
 
     def _read_instances(self) -> None:
         """Thread: read the instances that changed."""
@@ -249,6 +230,7 @@ class Requests:
                     project = str(profile.get("project") or "default")
                     there.add((_path("profiles", name), project))
                     self._look_at_profile(server, project, profile)
+        self._reports.keep(there)
         with self._lock:
             self._seen = {mailbox: last for mailbox, last in self._seen.items() if mailbox in there}
         self._look_at_asks(server)
@@ -280,7 +262,11 @@ class Requests:
         with self._lock:
             known = self._seen.get(request.mailbox)
             if known is not None and known[0] == request.id and known[1] >= request.seq:
-                return  # seen; or a late beat of an earlier request
+                # Seen; or a late beat of an earlier request.
+                undone = self._reports.undone(request.mailbox, request.id, config)
+                if undone is not None:
+                    threading.Thread(target=self._reports.write, args=(undone,), daemon=True, name=f"again-{request.name}").start()
+                return
             self._doing = {t: place for t, place in self._doing.items() if t.is_alive()}
             if list(self._doing.values()).count(request.place) >= MAX_DOING:
                 self._turned_away[request.mailbox] = request.place  # read again when one of these has ended
@@ -308,7 +294,7 @@ class Requests:
         error: FusecrError | None = None
         phase, data = "failed", None
         if request.op in SLOW:
-            self._report(request, report_text(request.id, request.seq, WORKING, None, None))
+            self._report(request, WORKING)
         try:
             phase, data = self._handle(request)
         except FusecrError as failure:
@@ -319,7 +305,7 @@ class Requests:
             error = FusecrError(f"{request.op} of {request.name}", "the agent failed", "see the agent's log")
         if error is not None:
             log.warning("%s: %s: %s", request.name, request.op, error)
-        self._report(request, report_text(request.id, request.seq, phase, data, error))
+        self._report(request, phase, data, error)
         with self._lock:
             self._doing.pop(threading.current_thread(), None)
             waiting = [mailbox for mailbox, place in self._turned_away.items() if place == request.place]
@@ -331,23 +317,12 @@ class Requests:
 
     def tell(self, request: Request, phase: str) -> None:
         """Report what has become of it since it was answered."""
-        self._report(request, report_text(request.id, request.seq, phase, None, None))
+        self._report(request, phase)
 
-    def _report(self, request: Request, text: str) -> None:
-        """Write a report; Incus refuses while an operation of the instance runs, so it is tried again."""
-        path, project = request.mailbox
-        deadline = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                with self.server(project) as server:
-                    server.patch(path, {"config": {REPORT_KEY: text}})
-                return
-            except NotFound:
-                return
-            except (FusecrError, OSError) as error:
-                log.debug("%s: report: %s", request.name, error)
-                time.sleep(0.02 if isinstance(error, ApiError) else 0.2)
-        log.warning("%s: the report of %s could not be written", request.name, request.op)
+    def _report(self, request: Request, phase: str, data: Any = None, error: FusecrError | None = None) -> None:
+        text = report_text(request.id, request.seq, phase, data, error)
+        what = f"{request.op} of {request.name}"
+        self._reports.write(Report(request.mailbox, request.id, request.seq, phase, text, what))
 
     # The server
 

@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..errors import FusecrError
@@ -27,8 +28,10 @@ from .ask import (
     VERSION,
     AgentReport,
     AgentSilent,
+    is_count,
     new_id,
     parse_report,
+    read_object,
 )
 from .client import Server
 from .deadline import Deadline
@@ -111,11 +114,16 @@ class Conversation:
             self._write(server or self.server, self._request, timeout)
 
     def report(self, *, timeout: float | None = None) -> AgentReport | None:
-        """The agent's last report for this conversation.
+        """The agent's last report for this conversation. A request that one undid (agent/reports.py) is written again.
 
         :raises NotFound: the instance, or the mailbox, is gone
         """
-        report = parse_report(str(self.mailbox.read(self.server, timeout).get(REPORT_KEY) or ""))
+        config = self.mailbox.read(self.server, timeout)
+        there = read_object(config.get(REQUEST_KEY))
+        if there and there.get("id") == self.id and is_count(seq := there.get("seq")) and seq < self.seq:
+            with suppress(FusecrError):
+                self.beat(timeout=timeout)
+        report = parse_report(str(config.get(REPORT_KEY) or ""))
         return report if report and report.id == self.id else None
 
     def wait(

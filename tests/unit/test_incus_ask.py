@@ -192,6 +192,26 @@ def test_beats_come_from_another_thread(world: Any) -> None:
     assert beater.failure is None
 
 
+def test_a_request_that_a_report_undid_is_written_again(world: Any) -> None:
+    """The agent's write had read the object before the request was written, and wrote it after that: without an event for it."""
+    seen: list[int] = []
+
+    def agent(key: str, request: dict[str, Any]) -> str:
+        seen.append(request["seq"])
+        return report(request, "held" if request["seq"] == 1 else "going")
+
+    made, server = world(agent)
+    talk = Conversation(server, "c1", "m1")
+    talk.send("hold")
+    assert talk.wait(("held",), 5).phase == "held"
+    first = dict(made.objects["/1.0/instances/c1"])
+    talk.send("going")
+    made.objects["/1.0/instances/c1"] = first
+    seen.clear()
+    assert talk.wait(("going",), 5, first_sign=None).phase == "going"
+    assert seen == [2]
+
+
 @pytest.mark.parametrize("kind", [InstanceMailbox, ServerMailbox, ProfileMailbox])
 def test_every_mailbox_carries_a_conversation(world: Any, kind: Any) -> None:
     made, server = world(lambda key, request: report(request, "held", {"x": 1}))
