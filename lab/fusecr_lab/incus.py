@@ -73,7 +73,7 @@ def files(lab: Lab, name: str) -> dict[str, tuple[int, str]]:
 
 def shell(lab: Lab, host: str, script: str) -> tuple[list[str], bytes]:
     """Return a job for run_all: a shell script in a host that stops at its first failing command."""
-    return [sys.executable, str(LAUNCHER), "exec", host, "--", "sh", "-eu"], script.encode()
+    return ["env", f"FUSECR_LAB={lab.name}", sys.executable, str(LAUNCHER), "exec", host, "--", "sh", "-eu"], script.encode()
 
 
 def preseed(lab: Lab, host: Host) -> str:
