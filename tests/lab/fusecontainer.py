@@ -161,8 +161,15 @@ class Container:
 
     def reports(self) -> dict[str, dict[str, Any]]:
         """The clients' reports by name."""
-        text = self.sh(f"cd {REPORTS}; for n in {shlex.join(self.clients)}; do cat $n.json; echo; done")
-        return dict(zip(self.clients, (json.loads(line) for line in text.splitlines() if line), strict=True))
+        script = f"cd {REPORTS}; for n in {shlex.join(self.clients)}; do cat $n.json; echo; done; echo end"
+        end = time.monotonic() + 20
+        while True:
+            *lines, last = [line for line in self.sh(script).splitlines() if line] or [""]
+            # All that was written has come: otherwise `incus exec` is what was lost, not a client.
+            if last == "end":
+                return dict(zip(self.clients, map(json.loads, lines), strict=True))
+            assert time.monotonic() < end, f"reports of {self.name}: the output ends with {last[-100:]!r}"
+            time.sleep(0.5)
 
     def advances(self) -> None:
         """Every client goes on, and none has seen an error."""
