@@ -243,6 +243,29 @@ def test_what_was_stacked_goes_on_receiving(made: SwapBox) -> None:
     assert c.at(c.place / "sys")[0].propagation[0].startswith("master:") and groups([host, c], [c.place / "sys"]) == before
 
 
+def test_who_received_from_a_host_mount_that_is_gone_receives_from_its_successor(made: SwapBox) -> None:
+    """systemd's ``ExecStopPost=fusermount -u`` takes the mount away that an earlier swap has left there."""
+    top = made.old.mountpoint
+    host = made.container("unchanged")
+    host(f"mount --make-shared {top}")
+    c = made.container("slave", host)
+    c.binds(top, *BINDS)
+    before = [word.split(":")[0] for word in c.at(c.place / "sys")[0].propagation]
+    swapper, back = made.swapper(), made.reverse()
+    assert "master" in before
+    with host.namespace() as namespace:
+        where = Host(namespace, str(top))
+        assert swapper.swap(made.devices(made.old), made.tree, where).finished
+        host(f"umount -l {top}")
+        assert not [m for m in host.mounts() if m.is_fuse]
+        report = swapper.swap(made.devices(made.fresh), back, where)
+        assert report.finished and not report.errors and not report.remaining
+        assert attach(back, where)
+    assert [word.split(":")[0] for word in c.at(c.place / "sys")[0].propagation] == before
+    group = {m.propagation[0].split(":")[1] for m in host.mounts() if m.mountpoint == str(top)}
+    assert {m.propagation[-1].split(":")[1] for path in BINDS for m in c.at(c.place / path)} == group
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 7, 9])
 @pytest.mark.parametrize("stop_before", ["attach", "detach"])
 def test_killed_and_repeated(made: SwapBox, steps: int, stop_before: str, monkeypatch: pytest.MonkeyPatch) -> None:

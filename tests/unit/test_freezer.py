@@ -219,6 +219,13 @@ def test_one_containers_failure_is_not_the_others(
     guard.held[str(container.path)].resume()
 
 
+def wait_for(holds: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def started(guard: FreezeGuard) -> threading.Thread:
     thread = threading.Thread(target=guard.run)
     thread.start()
@@ -234,6 +241,7 @@ def test_a_write_to_cgroup_freeze_wakes_it(
     thread = started(guard)
     container.freeze("1")
     assert container.state("T") == "T"
+    wait_for(lambda: guard.held)  # it has written to the file, too
     container.freeze("0")
     assert container.state("S") == "S"
     # one that came later; a real cgroup has its files from its first moment on
