@@ -74,7 +74,7 @@ class Report:
 
 
 class Swapper:
-    """Keeps what is learnt from one swap to the next: which mounts are locked, and from which group they received.
+    """Keeps what is learnt from one swap to the next: which mounts are locked.
 
     :param opener: for look-ups that the fresh daemon (or who serves the old connection) has to answer
     :param locker: for copies that go to less privileged user namespaces
@@ -88,7 +88,6 @@ class Swapper:
         self._opener, self._locker, self._record = opener, locker, record
         self._threads, self._before = threads, before
         self._locked: set[Known] = set()
-        self._groups: set[int] = set()  # the host's mount's, as it was left
 
     def plan(self, old: Mapping[Device, Fd], new: Device, *, collect: bool = False) -> list[tuple[int, Step]]:
         """What :meth:`swap` would do now: (number of a mount namespace, step). Roots that are missing are not known here."""
@@ -198,7 +197,6 @@ class _Run:
             report.remaining = sum(len(visit.old) for visit in visits)
             if not acted:
                 report.finished = True
-                self._remember_groups()
                 break
             if self._tally.done.total() == before and not self._tally.changed:
                 break  # errors only: the same again would not help
@@ -207,22 +205,19 @@ class _Run:
         report.done, report.left = dict(self._tally.done), dict(self._tally.left)
         report.errors, report.seconds = list(self._tally.errors), {key: float(s) for key, s in self._tally.seconds.items()}
 
-    def _remember_groups(self) -> None:
-        def look(traveller: Traveller, host: Host) -> None:
-            traveller.go(host.namespace)
-            there = [m for m in relevant(traveller.mountinfo(), [self.fresh.device]) if m.mountpoint == host.mountpoint]
-            self.swapper._groups = {peer_group(m) for m in there if device(m) == self.fresh.device} - {0}
-
-        each([self.host], look, self.proc, 1)
-
     def _pass(self, visits: list[Visit]) -> bool:
         """Returns whether there was something to do."""
         self._seen |= {visit.namespace.number for visit in visits}
         own = [v for v in visits if v.namespace.number == self._host_number]
+        everyone = [m for v in visits for m in v.old]
         of_host = [m for v in own for m in v.old if m.mountpoint == self.host.mountpoint]
-        # Whoever unmounts the host's mount before us (ExecStopPost) does not change who received from it.
-        groups = {peer_group(m) for m in of_host} if of_host else self.swapper._groups
-        self.trees.learn([m for v in visits for m in v.old], groups)
+        if of_host:
+            groups = {peer_group(m) for m in of_host}
+        else:
+            # Somebody unmounted it before us (ExecStopPost, a daemon that starts). A group that is received from has a member: if
+            # that is nowhere to be seen it is the tree of the host's last mount.
+            groups = {peer_group(m, "master") for m in everyone} - {peer_group(m) for m in everyone}
+        self.trees.learn(everyone, groups)
         self._note(visits)
         related = families(visits, self._host_number)
         first = [family for family in related if any(v in own for v in family)]
