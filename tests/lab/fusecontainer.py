@@ -178,7 +178,12 @@ class Container:
         def all_go_on() -> bool:
             return all(r["operations"] > before[n] + 2 for n, r in self.reports().items())
 
-        wait_for(f"operations beyond {before}", all_go_on)
+        try:
+            wait_for(f"operations beyond {before}", all_go_on)
+        except AssertionError as error:
+            now = {n: r["operations"] for n, r in self.reports().items()}
+            tasks = "ps -eLo pid,tid,stat,wchan:32,args | grep -E 'PID|fsclient|/mnt' | cut -c1-150"
+            raise AssertionError(f"{error}; now {now}\n{on(self.host, 'sh', '-c', tasks)}") from None
         self.clean()
 
     def clean(self) -> None:

@@ -88,7 +88,7 @@ def test_kills_in_a_row_leave_nothing(host: Host) -> None:
     host.calm()
     print(f"seed {seed}: {result}")
     assert result["kills"] == KILLS
-    grown(before, host.census())
+    not_grown(before, host)
 
 
 def test_all_of_its_processes_killed_at_once(host: Host) -> None:
@@ -98,6 +98,18 @@ def test_all_of_its_processes_killed_at_once(host: Host) -> None:
         on("pkill -9 -x lxcfs")
         host.settled(old)
     wait_for("all containers on it", lambda: host.all_have(host.unit()["connection"]))
+
+
+def not_grown(before: dict[str, Any], host: Host, seconds: float = 30) -> None:
+    """A busy machine may still be putting the last death in order: what has grown does not go by that."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return grown(before, host.census())
+        except AssertionError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(1)
 
 
 def grown(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -273,7 +285,7 @@ def test_everything_at_random(host: Host) -> None:
     print(f"seed {seed}: {done}")
     unit = host.settled()
     host.calm()
-    grown(before, host.census())
+    not_grown(before, host)
     wait_for("all containers on it", lambda: host.all_have(host.unit()["connection"]))
     assert on("grep -c ' /var/lib/lxcfs ' /proc/self/mountinfo") == "1"
     assert json.loads(on("incus-fusecr status -f json"))[0]["name"] == unit["name"] == "lxcfs"
