@@ -181,7 +181,7 @@ class Container:
         try:
             wait_for(f"operations beyond {before}", all_go_on)
         except AssertionError as error:
-            now = {n: r["operations"] for n, r in self.reports().items()}
+            now = {n: [r[key] for key in ("operations", "state", "first_errors")] for n, r in self.reports().items()}
             tasks = "ps -eLo pid,tid,stat,wchan:32,args | grep -E 'PID|fsclient|/mnt' | cut -c1-150"
             raise AssertionError(f"{error}; now {now}\n{on(self.host, 'sh', '-c', tasks)}") from None
         self.clean()
