@@ -19,7 +19,7 @@ from ..linux.fd import Fd
 from ..linux.mount import FLAG_OF_OPTION, MS_RDONLY
 from ..linux.pidfd import pidfd_getfd, pidfd_open, send_signal
 from ..linux.zygote import JobError, Zygote
-from . import inits, jobs, manifest, record, scan
+from . import directories, inits, jobs, manifest, record, scan
 from .answers import Answers
 from .cgroup import Cgroup
 from .journal import RUN, Journal
@@ -249,6 +249,7 @@ class Restore:
         """
         self.wait_stopped(seconds)
         pids = tasks_by_ns_pid(self.init)
+        directories.settle(self.zygote, pids.values())
         try:
             leave(self.placeholders.values(), self.zygote)
         finally:
