@@ -35,11 +35,13 @@ def settle(zygote: Zygote, pids: Collection[int]) -> None:
 
     :param pids: as the agent numbers them
     """
+    if not pids:
+        return
     try:
         count, _ = zygote.run(f"{__name__}:job_settle", {"pids": sorted(pids)}, deadline=SECONDS)
         if count:
             log.debug("%d open directories of ext4 were put at their positions once more", count)
-    except JobError as error:
+    except (JobError, OSError) as error:
         log.warning("open directories of ext4 may read as empty: %s", error)
 
 
