@@ -14,8 +14,10 @@ import ctypes
 import logging
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
+from ..linux.fd import Fd
 from ..linux.libc import check, libc
 from ..linux.mount import mountinfo
 from ..linux.pidfd import pidfd_getfd, pidfd_open
@@ -50,22 +52,24 @@ def job_settle(args: dict[str, Any], fds: list[int]) -> tuple[Any, list[int]]:
     buffer = ctypes.create_string_buffer(_BUFFER)
     count = 0
     for pid in args["pids"]:
-        try:
-            found = _directories(pid)
-            if not found:
-                continue
-            with pidfd_open(pid) as pidfd:
-                for number, position in found:
-                    with pidfd_getfd(pidfd, number) as fd:  # the same open file: it has one position
-                        os.lseek(fd.fileno(), 0, os.SEEK_SET)
-                        check(int(libc.syscall(SYS_getdents64, fd.fileno(), buffer, _BUFFER)), f"getdents64 {number} of {pid}")
-                        os.lseek(fd.fileno(), position, os.SEEK_SET)
-                    count += 1
-                    if count >= MAX_DIRECTORIES:
-                        return count, []
-        except ProcessLookupError:
-            continue
+        with suppress(OSError):  # it has ended
+            for number, position in _directories(pid):
+                if count >= MAX_DIRECTORIES:
+                    return count, []
+                with suppress(OSError), pidfd_open(pid) as pidfd, pidfd_getfd(pidfd, number) as fd:
+                    if os.fstat(fd.fileno()).st_nlink:  # one that was removed is empty, and takes no position any more
+                        _read_from_the_beginning(fd, position, buffer)
+                        count += 1
     return count, []
+
+
+def _read_from_the_beginning(fd: Fd, position: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
+    """It is the same open file as in the process, so it has one position: put back whatever happens."""
+    try:
+        os.lseek(fd.fileno(), 0, os.SEEK_SET)
+        check(int(libc.syscall(SYS_getdents64, fd.fileno(), buffer, _BUFFER)), "getdents64")
+    finally:
+        os.lseek(fd.fileno(), position, os.SEEK_SET)
 
 
 def _directories(pid: int) -> list[tuple[int, int]]:

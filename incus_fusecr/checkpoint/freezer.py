@@ -113,7 +113,7 @@ class FreezeGuard:
     freezing: dict[str, Freezing] = field(default_factory=dict)
     held: dict[str, Stopper] = field(default_factory=dict)
     ended: threading.Event = field(default_factory=threading.Event)
-    changes: Changes = field(default_factory=lambda: Changes())
+    changes: Changes = field(default_factory=Changes)
     running: bool = False
     over: threading.Event = field(default_factory=threading.Event)
 

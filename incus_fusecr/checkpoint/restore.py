@@ -247,9 +247,10 @@ class Restore:
 
         :raises Exception: not all of them go on; it may be called again
         """
-        self.wait_stopped(seconds)
+        stopped = self.wait_stopped(seconds)
         pids = tasks_by_ns_pid(self.init)
-        directories.settle(self.zygote, pids.values())
+        if stopped:  # not when it is called again: who goes on uses his positions
+            directories.settle(self.zygote, pids.values())
         try:
             leave(self.placeholders.values(), self.zygote)
         finally:

@@ -65,6 +65,23 @@ def test_one_at_its_end_is_not_empty_when_it_is_rewound(zygote: Zygote, place: P
         assert process.stdout.readline().split() == [str(END), "True"]
 
 
+def test_one_that_was_removed_keeps_no_other_from_it(zygote: Zygote, place: Path) -> None:
+    """getdents64(2) of a removed directory is ENOENT, and lseek(2) there EINVAL."""
+    gone = place / "gone"
+    gone.mkdir()
+    first, second = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (gone, place))
+    try:
+        for fd in (first, second):
+            os.lseek(fd, END, os.SEEK_SET)
+        gone.rmdir()
+        answer, _ = zygote.run(f"{directories.__name__}:job_settle", {"pids": [1 << 22, os.getpid()]}, deadline=10)
+        assert answer == 1
+        assert [os.lseek(fd, 0, os.SEEK_CUR) for fd in (first, second)] == [END, END]
+    finally:
+        os.close(first)
+        os.close(second)
+
+
 def test_what_is_at_its_beginning_or_gone_is_left_alone(zygote: Zygote, place: Path) -> None:
     fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
