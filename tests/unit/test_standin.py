@@ -158,6 +158,18 @@ def test_tasks_go_on_whatever_becomes_of_the_placeholders(monkeypatch: pytest.Mo
     assert session.done
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_positions_of_tasks_that_go_on_are_left_alone(monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    settled: list[int] = []
+    for name, what in (("leave", lambda *_: None), ("resume", lambda *_: None), ("tasks_by_ns_pid", lambda _init: {1: 7})):
+        monkeypatch.setattr(restoring, name, what)
+    monkeypatch.setattr(restoring.directories, "settle", lambda _zygote, pids: settled.extend(pids))
+    session = Restore(None, None, SimpleNamespace(connections=[]), 1)  # type: ignore[arg-type]
+    monkeypatch.setattr(session, "wait_stopped", lambda _seconds: stopped)
+    session.hand_over(0)
+    assert settled == ([7] if stopped else [])
+
+
 def test_a_dumps_tasks_go_on_whatever_becomes_of_the_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("incus_fusecr.checkpoint.dump.leave", raises)
     dump = Dump(None, "c1", 1)  # type: ignore[arg-type]
