@@ -2,7 +2,7 @@
 """What every test gets: nothing may be left behind, nothing unexpected logged, what the machine lacks is a skip.
 
 Markers: ``requires_root``, ``requires_command("bindfs", ...)``, ``requires_fuse``,
-``requires_daemon("sshfs", ...)``.
+``requires_daemon("sshfs", ...)``, ``alone``.
 Fixtures: ``sandbox``, ``fuse_daemon``, ``expect_log``.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
 import re
@@ -41,6 +42,7 @@ MARKERS = {
     "requires_command(*names)": "needs programs in $PATH",
     "requires_fuse": "needs a /dev/fuse that can be opened",
     "requires_daemon(*kinds)": "needs what workload/daemons.py starts, and root",
+    "alone": "changes what all labs of the machine share: no other worker's test runs meanwhile",
 }
 
 
@@ -85,6 +87,24 @@ def lacking(kind: str) -> list[str]:
     reasons = [f"command {c}" for c in ("gcc", "pkg-config") if not shutil.which(c)]
     source = daemons.EXAMPLES / f"{kind}.c"
     return reasons + ([] if source.exists() else [f"{source} (package libfuse3-dev)"])
+
+
+@pytest.fixture(autouse=True)
+def taking_turns(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A test marked ``alone`` waits until the tests of the other workers have ended; none begins while it waits or runs."""
+    if not worker:
+        yield
+        return
+    shared = tmp_path_factory.getbasetemp().parent
+    how = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
+    with (shared / "running").open("a") as running, (shared / "door").open("a") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)  # who waits for all others to end is overtaken by nobody
+        fcntl.flock(running, how)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(running, fcntl.LOCK_UN)  # a child that a test forgot has it, too
 
 
 # -- nothing is left behind

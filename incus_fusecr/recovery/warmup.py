@@ -22,7 +22,9 @@ from ..linux.libc import PR_SET_PDEATHSIG, prctl
 from ..linux.ns import CLONE_NEWPID, setns
 from ..linux.zygote import JobError, Zygote
 
-SECONDS = 0.5  # at most; a host may have hundreds of pid namespaces
+NAMESPACES_SECONDS = 0.5  # at most; a host may have hundreds of pid namespaces
+BURST_SECONDS = 0.5  # at most, and never taken by the namespaces: each of them has made the pages copy-on-write
+DEADLINE = NAMESPACES_SECONDS + BURST_SECONDS + 2
 THREADS = 12  # libfuse has up to 10, which all have to be busy at the same time
 ROUNDS = 4
 NOBODY = 65534
@@ -34,18 +36,19 @@ def warm(zygote: Zygote, tree: Fd, number: int, path: str) -> None:
     What goes wrong costs nothing but the warmth.
     """
     with contextlib.suppress(JobError):
-        zygote.run(f"{__name__}:job_warm", {"path": path}, [tree.fileno()], deadline=SECONDS + 2, on=connection.label(number))
+        zygote.run(f"{__name__}:job_warm", {"path": path}, [tree.fileno()], deadline=DEADLINE, on=connection.label(number))
 
 
 def job_warm(args: dict[str, Any], fds: list[int]) -> tuple[Any, list[int]]:
     """The job, on the tree ``fds[0]``."""
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + NAMESPACES_SECONDS
     tree, path = fds[0], str(args["path"])
     asked = 0
     for pid in other_pid_namespaces():
         if time.monotonic() > end:
             break
         asked += _ask_from(pid, tree, path)
+    end = time.monotonic() + BURST_SECONDS
     threads = [threading.Thread(target=_ask, args=(tree, path, end), daemon=True) for _ in range(THREADS)]
     for thread in threads:
         thread.start()

@@ -58,6 +58,7 @@ def test_snapshot_and_stop_and_restore(busy: tuple[Container, str]) -> None:
     assert container.tasks() == tasks
 
 
+@pytest.mark.alone
 def test_criu_is_let_in_while_a_dump_lasts(small: Callable[..., Container]) -> None:
     """The lab has the kernel's parameter on for all its hosts, real hosts have it off."""
     container = small("ck-knob")
