@@ -235,18 +235,27 @@ class Launch:
     def _inner(self) -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         ns.unshare(ns.CLONE_NEWPID)
+        told, telling = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
-            self._guarded(self._init)
+            os.close(telling)
+            self._guarded(lambda: self._init(told))
+        os.close(told)
         self.tell((os.pidfd_open(pid),), pidfd="init")
+        os.close(telling)
         os.waitpid(pid, 0)
 
     # --- init
     # ------------------------------------------------------------------------------------------------
 
-    def _init(self) -> None:
-        """Reap, report, and end when the helper does."""
+    def _init(self, told: int) -> None:
+        """Reap, report, and end when the helper does.
+
+        :param told: at its end once the helper knows of this process: what the copy does is judged by it
+        """
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.read(told, 1)
+        os.close(told)
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker)
         signal.signal(signal.SIGCHLD, lambda *_: None)

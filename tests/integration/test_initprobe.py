@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from sandbox import USER_BASE, Sandbox, alive, descendants, minor, wait_for
 
+from incus_fusecr.fuse import initprobe
 from incus_fusecr.fuse.init import InitReply, compare
 from incus_fusecr.fuse.initprobe import kernel_init_request, probe_init
 
@@ -150,6 +151,27 @@ def test_bindfs_with_relative_arguments(sandbox: Make, unharmed: Unharmed, user:
     daemon = Traced(box, ["bindfs", *arguments, "src", "mnt"], cwd=str(box.directory))
     unharmed(daemon)
     assert os.readlink(f"/proc/{daemon.pid}/cwd") == str(box.directory / "src"), "bindfs goes into its source"
+    check(daemon)
+
+
+# The process that tells of the copy's init does so half a second late.
+LATE = """import sys, time
+sys.path.append(sys.argv[1])
+from incus_fusecr.fuse import probe_helper, probe_launch
+tell = probe_launch.Launch.tell
+probe_launch.Launch.tell = lambda self, fds=(), **message: (
+    message.get("pidfd") == "init" and time.sleep(0.5), tell(self, fds, **message)
+)
+probe_helper.main()"""
+
+
+@pytest.mark.requires_command("bindfs")
+def test_a_copy_that_is_faster_than_what_tells_of_it(sandbox: Make, unharmed: Unharmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = sandbox(True)
+    directories(box)
+    daemon = Traced(box, ["bindfs", "-f", "src", "mnt"], cwd=str(box.directory))
+    unharmed(daemon)
+    monkeypatch.setattr(initprobe, "_START", LATE)
     check(daemon)
 
 
