@@ -210,13 +210,10 @@ class _Run:
         self._seen |= {visit.namespace.number for visit in visits}
         own = [v for v in visits if v.namespace.number == self._host_number]
         everyone = [m for v in visits for m in v.old]
-        of_host = [m for v in own for m in v.old if m.mountpoint == self.host.mountpoint]
-        if of_host:
-            groups = {peer_group(m) for m in of_host}
-        else:
-            # Somebody unmounted it before us (ExecStopPost, a daemon that starts). A group that is received from has a member: if
-            # that is nowhere to be seen it is the tree of the host's last mount.
-            groups = {peer_group(m, "master") for m in everyone} - {peer_group(m) for m in everyone}
+        groups = {peer_group(m) for v in own for m in v.old if m.mountpoint == self.host.mountpoint}
+        # A group that is received from has a member: if that is nowhere to be seen it is the tree of a mount that the host has
+        # no more. Somebody unmounted it before us (ExecStopPost, a daemon that starts), or another's is there by now.
+        groups |= {peer_group(m, "master") for m in everyone} - {peer_group(m) for m in everyone}
         self.trees.learn(everyone, groups)
         self._note(visits)
         related = families(visits, self._host_number)

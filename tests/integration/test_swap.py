@@ -268,6 +268,29 @@ def test_who_received_from_a_host_mount_that_is_gone_receives_from_its_successor
     assert {m.propagation[-1].split(":")[1] for path in BINDS for m in c.at(c.place / path)} == group
 
 
+def test_and_when_the_next_daemons_mount_is_on_the_host_by_then(made: SwapBox) -> None:
+    """It died before anybody got it: two connections are old, and only the younger one is mounted on the host."""
+    top = made.old.mountpoint
+    younger = made.box.daemon("bindfs", "", name="younger")
+    host = made.container("unchanged")
+    host(f"mount --make-shared {top}")
+    c = made.container("slave", host)
+    c.binds(top, *BINDS)
+    before = [word.split(":")[0] for word in c.at(c.place / "sys")[0].propagation]
+    swapper = made.swapper()
+    with host.namespace() as namespace:
+        where = Host(namespace, str(top))
+        back = made.reverse()
+        assert swapper.swap(made.devices(made.old), made.tree, where).finished
+        host(f"umount -l {top}")
+        host(f"mount --bind {younger.mountpoint} {top}; mount --make-private {top}; mount --make-shared {top}")
+        report = swapper.swap(made.devices(made.fresh) | made.devices(younger), back, where)
+        assert report.finished and not report.errors and not report.remaining
+    assert [word.split(":")[0] for word in c.at(c.place / "sys")[0].propagation] == before
+    group = {m.propagation[0].split(":")[1] for m in host.mounts() if m.mountpoint == str(top)}
+    assert {m.propagation[-1].split(":")[1] for path in BINDS for m in c.at(c.place / path)} == group
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 7, 9])
 @pytest.mark.parametrize("stop_before", ["attach", "detach"])
 def test_killed_and_repeated(made: SwapBox, steps: int, stop_before: str, monkeypatch: pytest.MonkeyPatch) -> None:
