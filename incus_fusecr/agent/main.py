@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import signal
 import socket
 import threading
 
@@ -16,6 +15,7 @@ from ..checkpoint.knob import Knob
 from ..errors import FusecrError
 from ..linux.libc import PR_SET_DUMPABLE, prctl
 from ..linux.zygote import Zygote
+from .ended import Ended
 from .loop import Loop
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,8 @@ def main(*, debug: bool = False, criu_options: list[str] | None = None, recovery
     journal = Journal()
     tools = Tools(zygote, journal, Knob(journal), InitProbes(journal))
     service = Service(tools, Config.load(), criu_options or [])
-    ended = threading.Event()
+    ended = Ended()
     failed = watch(zygote, ended)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     raise_descriptors()
     service.start()
     recovered = recovering.start(zygote) if recovery else None
@@ -87,7 +85,7 @@ def main(*, debug: bool = False, criu_options: list[str] | None = None, recovery
         raise FusecrError("agent", failed[0], "its supervisor starts another, which takes over")
 
 
-def watch(zygote: Zygote, ended: threading.Event) -> list[str]:
+def watch(zygote: Zygote, ended: Ended | threading.Event) -> list[str]:
     """Set ``ended`` when what the agent cannot do without is gone for good.
 
     :returns: where the reason will be
