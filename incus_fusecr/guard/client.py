@@ -8,7 +8,7 @@ import select
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,6 +20,10 @@ SECONDS = 5.0
 # exit codes
 GONE = 0  # the connection is
 STOPPED = 3  # somebody said stop, the connection lives
+
+
+Node = tuple[int, int, str]  # nodeid, generation, path from the root of the file system
+COUNTED = 1 << 32  # a nodeid below is a count of the daemon's, and never another file's
 
 
 class GuardError(OSError):
@@ -201,6 +205,13 @@ def tell_roots(control: str, roots: dict[int, str], seconds: float = SECONDS) ->
     with _connected(control, seconds) as sock:
         for mount_id, root in roots.items():
             _exchange(sock, f"roots {mount_id} {root}")
+
+
+def tell_nodes(control: str, nodes: Iterable[Node], seconds: float = SECONDS) -> None:
+    """Which inode is which name, so that it need not look when one is used; raises as :func:`ask`."""
+    with _connected(control, seconds) as sock:
+        for node, generation, path in nodes:
+            _exchange(sock, f"node {node} {generation} {path}")
 
 
 class Follower:

@@ -15,6 +15,7 @@
 
 #include "log.h"
 #include "loop.h"
+#include "nodes.h"
 #include "pump.h"
 #include "resolve.h"
 #include "sidecar.h"
@@ -22,6 +23,7 @@
 #define MESSAGE_MAX 4352	/* a path, a number and a word */
 #define ANSWER_MAX 2048
 #define DETACHED_MAX 16384
+#define TOLD_MAX 4096
 
 struct detached {
 	struct link by_id;
@@ -143,6 +145,19 @@ static const char *learn_root(char *words)
 	return "ok";
 }
 
+static const char *learn_node(char *words)
+{
+	char *end, *path;
+	unsigned long long id = strtoull(words, &end, 10), generation = strtoull(end, &path, 10);
+
+	if (id <= FUSE_ROOT_ID || id >= SMALL_ID || end == path || *path != ' ' || path[1] != '/')
+		return "error node: ID GENERATION PATH, the id is one that counts, the path begins with /";
+	if (!node_find(id) && nodes_count() >= TOLD_MAX)
+		return "error node: too many";
+	node_learn(id, generation, path + 1, false, false);
+	return "ok";
+}
+
 void control_read_roots(const char *path)
 {
 	char *line = NULL;
@@ -177,6 +192,8 @@ static void handle_message(unsigned int index, char *message)
 			answer = "error look: other searches are under way";
 	} else if (strncmp(message, "roots ", 6) == 0) {
 		answer = learn_root(message + 6);
+	} else if (strncmp(message, "node ", 5) == 0) {
+		answer = learn_node(message + 5);
 	} else if (strcmp(message, "stop") == 0) {
 		if (pump_serving())
 			answer = "error stop: it serves: whoever has files open would get no answer";

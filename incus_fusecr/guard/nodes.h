@@ -43,6 +43,9 @@ struct node {
 	int failed;		/* errno of that LOOKUP */
 };
 
+/* A count of the daemon's and will not be another file's. A larger one may be a pointer, which can be. */
+#define SMALL_ID (1ULL << 32)
+
 #define ACCESS_READ 1
 #define ACCESS_WRITE 2
 

@@ -20,7 +20,6 @@
 #define SEARCH_MS 5000
 #define MISSED 64
 #define MISSED_MS 1000
-#define SMALL_ID (1ULL << 32)
 
 static struct search {
 	pid_t pid;		/* 0: none */
@@ -65,7 +64,8 @@ bool resolve_polls(uint32_t pid)
 	unsigned int i;
 
 	for (i = 0; i < RESOLVERS; i++) {
-		if (searches[i].pid && (uint32_t)searches[i].pid == pid && searches[i].look == LOOK_SLEEPERS)
+		/* who is not in the pid namespace of the mount has pid 0 there */
+		if (searches[i].pid && (!pid || (uint32_t)searches[i].pid == pid) && searches[i].look == LOOK_SLEEPERS)
 			return true;
 	}
 	return false;
@@ -90,8 +90,8 @@ static void take_record(struct search *search, const struct seen *seen, const ch
 	struct node *node;
 
 	/*
-	 * A small id is a count of the daemon's and will not be another file's. A pointer may be, should this file be
-	 * forgotten before the daemon dies: such an id is looked for when it is used.
+	 * A pointer may be another file's, should this one be forgotten before the daemon dies: such an id is looked for
+	 * when it is used.
 	 */
 	if (!pump_serving() && seen->id >= SMALL_ID)
 		return;

@@ -79,6 +79,7 @@ class Daemon:
     :ivar durability: ``strict``: what was acknowledged and not yet synced at a death is told with EIO at the next fsync;
         ``relaxed``: the next fsync goes to the new daemon, which knows of nothing
     :ivar warmup: file that a fresh daemon is asked for before it gets any mount, see warmup.py; empty: none
+    :ivar preload: directories whose entries are always the same, for acquaint.py
     """
 
     name: str
@@ -91,6 +92,7 @@ class Daemon:
     deadline: float = 60.0
     durability: Durability = "strict"
     warmup: str = ""
+    preload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,9 @@ class Config:
 # Its files hold nothing that could be lost, and every container waits for it. Its mountpoint is not everywhere the same.
 # Starting one costs milliseconds, so many may be started at a time.
 LXCFS = Daemon(
-    "lxcfs", Match(fstype="fuse.lxcfs"), standby="warm", limits=Limits(burst=200), durability="relaxed", warmup="proc/meminfo"
-)
+    "lxcfs", Match(fstype="fuse.lxcfs"), standby="warm", limits=Limits(burst=200), durability="relaxed", warmup="proc/meminfo",
+    preload=("proc", "sys/devices/system/cpu"),
+)  # fmt: skip
 BUILT_IN = (LXCFS,)
 
 

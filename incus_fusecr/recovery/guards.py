@@ -140,6 +140,7 @@ class Guards:
             link.guard.follower = guard_client.Follower(link.guard.control, 1.0)
         if link.roots:
             guard_client.tell_roots(link.guard.control, link.roots)
+        self.tell_nodes(link)
 
     def tell_roots(self, link: Link, roots: dict[int, str]) -> None:
         """One that does not listen is told by its successor's start."""
@@ -147,6 +148,12 @@ class Guards:
         if link.guard is not None:
             with contextlib.suppress(OSError):
                 guard_client.tell_roots(link.guard.control, roots, 1.0)
+
+    def tell_nodes(self, link: Link) -> None:
+        """One that does not listen looks for them itself, when somebody uses one."""
+        if link.guard is not None and link.nodes:
+            with contextlib.suppress(OSError):
+                guard_client.tell_nodes(link.guard.control, link.nodes, 1.0)
 
     def look(self, links: Iterable[Link]) -> None:
         """Before the mounts of connections whose daemons are dead are detached."""

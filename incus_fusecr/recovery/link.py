@@ -134,6 +134,7 @@ class Link:
     :ivar tree: detached clone of its root, as long as it may be needed
     :ivar tree_in: ``ns`` or ``host``: the mount namespace in which the tree was made
     :ivar roots: roots of its mounts by mount id, noted before they are detached
+    :ivar nodes: which inode is which name, see acquaint.py; None: nobody has asked
     """
 
     number: int
@@ -150,6 +151,7 @@ class Link:
     unserved_since: float | None = None
     unheld: bool = True
     roots: dict[int, str] = field(default_factory=dict)
+    nodes: list[guard_client.Node] | None = None
 
     @property
     def device(self) -> Device:

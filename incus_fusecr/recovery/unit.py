@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import FusecrError
 from ..linux.fd import Fd
 from ..linux.zygote import JobError
-from . import fresh, hostmount, recipe, warmup
+from . import acquaint, fresh, hostmount, recipe, warmup
 from .config import Daemon
 from .context import Context
 from .fresh import StartError
@@ -182,6 +182,7 @@ class Unit:
         if self.context.guards.ensure(link, self.config):
             link.unserved_since = None
             self._hold_clones(link)
+            acquaint.once(self.context, link, self.config.preload)
             return
         now = time.monotonic()
         self.wake(link.guard_not_before)
