@@ -102,6 +102,11 @@ def test_a_frozen_container(host: Host) -> None:
     on("incus pause frozen; incus delete -f frozen")
 
 
+def left_alone(table: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """A mount that is covered stays on its connection; whoever it received from may end with the host's mount of that time."""
+    return sorted(tuple(word for word in row if (row[0], word) != ("/proc/meminfo", "master")) for row in table)
+
+
 def test_what_its_root_has_done_to_the_files_stays(host: Host) -> None:
     """Mounted over one, unmounted another, bound a third elsewhere."""
     launch("odd", "security.privileged=true")
@@ -112,7 +117,7 @@ def test_what_its_root_has_done_to_the_files_stays(host: Host) -> None:
     assert "/root/swaps" in places and "/proc/uptime" not in places
     run_killer(SEED, "--kills", "10", seconds=60)
     host.settled()
-    assert host.table("odd") == table and sh("odd", "cat /proc/meminfo") == "mine"
+    assert left_alone(host.table("odd")) == left_alone(table) and sh("odd", "cat /proc/meminfo") == "mine"
     assert sh("odd", "head -c 8 /root/swaps") == "Filename"
     # under what it mounted, the file is that of a dead connection for as long as it likes; nobody sees it
     sh("odd", "umount /proc/meminfo")
