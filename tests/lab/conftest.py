@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for tests on the lab's hosts; a test that fails shows the ends of both agents' logs."""
+"""Fixtures for tests on the lab's hosts; a test that fails shows what both agents and both Incus servers logged last."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from fusecontainer import CLIENTS, LAB, PLACE, ROOT, WORKLOAD, Container, on
 
-AGENT_LOG = "/var/log/fusecr-lab/agent.log"
-LINES = "40"
+LOGS = {
+    "agent": "tail -n 40 /var/log/fusecr-lab/agent.log",
+    "incusd": "grep -E 'level=(warning|error)' /var/log/incus/incusd.log | tail -n 15",
+}
+ON_THE_LAB = {"containers_gone", "place"}
 
 
 def lab_is_up() -> bool:
@@ -21,12 +24,12 @@ def lab_is_up() -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.failed and "containers_gone" in getattr(item, "fixturenames", ()):
+    if report.failed and ON_THE_LAB & set(getattr(item, "fixturenames", ())):
         for host in ("h1", "h2"):
-            done = subprocess.run(
-                [str(LAB), "exec", host, "--", "tail", "-n", LINES, AGENT_LOG], capture_output=True, text=True, timeout=60
-            )
-            report.sections.append((f"agent of {host}", done.stdout + done.stderr))
+            for name, script in LOGS.items():
+                command = [str(LAB), "exec", host, "--", "sh", "-c", script]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                report.sections.append((f"{name} of {host}", done.stdout + done.stderr))
     return report
 
 
