@@ -34,6 +34,7 @@ SERVICES = Path("/etc/fusecr-lab/services.d")
 LOGS = Path("/var/log/fusecr-lab")
 SOCKET = "/run/fusecr-lab.sock"
 PATH = "/usr/libexec/incus:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+START_SECONDS = 10.0
 RESTART_DELAY = 0.2
 SLOW_DELAY = 2.0
 QUICK_END = 1.0
@@ -189,12 +190,24 @@ class Init:
         return service.state()
 
 
+def connect(sock: socket.socket) -> None:
+    """To pid 1, which may have come up this very moment: whoever runs something on a host need not wait for that."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return sock.connect(SOCKET)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
 def ask(command: str, name: str = "") -> dict[str, object]:
     """Send one request to pid 1; exits with its error."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(10)
         try:
-            sock.connect(SOCKET)
+            connect(sock)
             sock.sendall(json.dumps({"command": command, "name": name}).encode())
             data = b""
             while not data.endswith(b"\n"):
