@@ -22,6 +22,8 @@ from .failures import ApiError, OperationBusy, OperationFailed, OutcomeUnknown, 
 OWN_KEYS = "user.fusecr."
 # What `incus move` leaves out (cmd/incus/copy.go): every other volatile key travels, so that addresses stay.
 _LEFT_BEHIND = frozenset({"volatile.last_state.power"})
+SOURCE_SECONDS = 30.0  # in which the source's operation ends after the target's
+CLEAN_SECONDS = 30.0
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _PROGRESS = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([kMGTPE]?B) \(")
 # Texts of Go's net package in the target's answer: the source was not reached under this address.
@@ -119,7 +121,7 @@ def pull(
     :param address: the source's URL of an earlier pass; without it all are tried
     :param instance: the source as just read, to save a request
     :param progress: called with the operation's metadata, e.g. ``{"fs_progress": "..."}``
-    :raises OperationFailed, ApiError: a server refused or failed; a half-made target is removed by Incus
+    :raises OperationFailed, ApiError: a server refused or failed; a half-made target is gone
     :raises OutcomeUnknown: a connection ended, or the deadline passed; both operations were asked to stop
     """
     end = Deadline.of(deadline)
@@ -185,15 +187,26 @@ def _offer_and_pull(
     if not offer.operation or not isinstance(secrets, dict):
         raise ApiError(f"copy of {source}:{name}", "the source offered no migration")
     body["source"]["secrets"] = secrets
+    what = f"copy of {source}:{name} to {target}"
     try:
-        return _first_that_works(target, body, urls, offer.operation, end, progress, stall)
+        url = _first_that_works(target, body, urls, offer.operation, end, progress, stall)
     except BaseException as e:
         text = _source_says(source, offer.operation)
         source.cancel_operation(offer.operation)
         if isinstance(e, OperationFailed) and text and text not in e.why:
             kind = OperationBusy if is_busy(text) else type(e)
-            raise kind(f"copy of {source}:{name} to {target}", f"{e.why}; {source} says: {text}") from e
+            raise kind(what, f"{e.why}; {source} says: {text}") from e
         raise
+    try:
+        source.wait_operation(offer.operation, end.within(SOURCE_SECONDS), what=what)
+    except OperationFailed:
+        # A target calls a transfer a success that has failed this very moment: it looks for an error before that is noted
+        # (MigrateReceive() in driver_lxc.go: fsTransferDone is closed ahead of the error group's context). What it has received is
+        # incomplete, or gone already.
+        if not body["source"]["refresh"]:
+            target.delete_instance(body["name"], CLEAN_SECONDS)
+        raise
+    return url
 
 
 def _first_that_works(

@@ -321,9 +321,12 @@ def test_delete_looks_whether_it_is_gone(connect: Connect) -> None:
 # Copies
 
 
-def migration(source_fails: str = "", first_address_fails: bool = False) -> tuple[Any, Any, list[Any]]:
+def migration(
+    source_fails: str = "", first_address_fails: bool = False, target_lies: bool = False
+) -> tuple[Any, Any, list[Any]]:
     """Scripts for a source and a target, and the bodies that the target got."""
     bodies: list[Any] = []
+    there: list[str] = []
     instance = {
         "name": "c1",
         "type": "container",
@@ -347,15 +350,23 @@ def migration(source_fails: str = "", first_address_fails: bool = False) -> tupl
         if str(request) == "POST /1.0/instances/c1":
             return started("offer", {"control": "s1", "fs": "s2"})
         if request.path.startswith("/1.0/operations/offer"):
-            return sync(operation(400 if source_fails else 103, source_fails))
+            return sync(operation(400 if source_fails else 200, source_fails))
         return None
 
     def target(request: Request) -> Any:
         if str(request) == "POST /1.0/instances":
             bodies.append(request.body)
+            there.append("c1")
             return started(f"pull{len(bodies)}")
+        if request.path == "/1.0/instances/c1":
+            if request.method == "DELETE":
+                there.clear()
+                return started("delete")
+            return sync({"name": "c1"}) if there else refused(404, "gone")
+        if "/operations/delete" in request.path:
+            return sync(operation(200))
         if "/operations/pull" in request.path:
-            if source_fails:
+            if source_fails and not target_lies:
                 return sync(operation(400, "websocket: bad handshake"))
             if first_address_fails and "/pull1" in request.path:
                 return sync(operation(400, "Failed: dial tcp 192.0.2.1:8443: connect: connection refused"))
@@ -395,6 +406,17 @@ def test_pull_sends_what_the_recipe_says(connect: Connect) -> None:
     offer = next(r.body for r in fake.requests if r.method == "POST")
     assert offer["migration"] is True and offer["live"] is False and offer["allow_inconsistent"] is True
     assert done.bytes == 2_070_000_000 and done.address == "https://192.0.2.1:8443"
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_target_that_calls_a_failed_transfer_a_success(connect: Connect, refresh: bool) -> None:
+    source_script, target_script, _ = migration("rsync: exit status 24", target_lies=True)
+    source = connect(source_script)[1]
+    fake, target = connect(target_script)
+    with pytest.raises(OperationFailed, match="exit status 24"):
+        copy.pull(source, target, "c1", "c1", deadline=10, refresh=refresh)
+    # a first pass can be repeated; what a refresh has changed is the next one's
+    assert [str(r) for r in fake.requests if r.method == "DELETE"] == ([] if refresh else ["DELETE /1.0/instances/c1"])
 
 
 def test_pull_into_a_pool_and_profiles(connect: Connect) -> None:
