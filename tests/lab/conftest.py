@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from fusecontainer import CLIENTS, LAB, PLACE, ROOT, WORKLOAD, Container, on
 
+AGENT_LOG = "/var/log/fusecr-lab/agent.log"
 LOGS = {
-    "agent": "tail -n 40 /var/log/fusecr-lab/agent.log",
+    "agent": f"tail -n 40 {AGENT_LOG}",
     "incusd": "grep -E 'level=(warning|error)' /var/log/incus/incusd.log | tail -n 15",
 }
 ON_THE_LAB = {"containers_gone", "place"}
