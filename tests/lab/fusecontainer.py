@@ -100,9 +100,10 @@ class Container:
             incus = f"incus --project {self.project}"
             # Killed first, and seen to have ended: a forced stop freezes it before, and liblxc waits without end for kernels that
             # then miscount.
-            pid = f"$({incus} list -f csv -c p '^{self.name}$')"
-            ended = f"i=0; while {incus} list -f csv -c s '^{self.name}$' | grep -q RUNNING && [ $((i+=1)) -lt 100 ]; do sleep 0.1; done"
-            sh(host, f"p={pid}; [ -z \"$p\" ] || [ $p = 0 ] || {{ kill -9 $p; {ended}; }}; {incus} delete -f {self.name}", code=None)
+            listed = f"{incus} list -f csv '^{self.name}$' -c"
+            ended = f"i=0; while {listed} s | grep -q RUNNING && [ $((i+=1)) -lt 100 ]; do sleep 0.1; done"
+            killed = f'p=$({listed} p); [ -z "$p" ] || [ $p = 0 ] || {{ kill -9 $p; {ended}; }}'
+            sh(host, f"{killed}; {incus} delete -f {self.name}", code=None)
 
     def push(self, files: Sequence[Path]) -> None:
         """Copy files into the place of the workload."""
