@@ -8,6 +8,7 @@ to the target.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -204,7 +205,8 @@ def _offer_and_pull(
         # (MigrateReceive() in driver_lxc.go: fsTransferDone is closed ahead of the error group's context). What it has received is
         # incomplete, or gone already.
         if not body["source"]["refresh"]:
-            target.delete_instance(body["name"], CLEAN_SECONDS)
+            with contextlib.suppress(FusecrError):  # what failed before is what has to be said
+                target.delete_instance(body["name"], CLEAN_SECONDS)
         raise
     return url
 

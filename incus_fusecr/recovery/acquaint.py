@@ -8,6 +8,7 @@ but once: should the next daemon die just then, too, the client has the error.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -51,11 +52,12 @@ def job_names(args: dict[str, Any], fds: list[int]) -> tuple[Any, list[int]]:
         try:
             found.append((*fuse_handle(at), f"/{directory}"))
             for name in os.listdir(at)[: MAX_NODES - len(found)]:
-                entry = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-                try:
-                    found.append((*fuse_handle(entry), f"/{directory}/{name}"))
-                finally:
-                    os.close(entry)
+                with contextlib.suppress(OSError):  # it has gone meanwhile
+                    entry = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+                    try:
+                        found.append((*fuse_handle(entry), f"/{directory}/{name}"))
+                    finally:
+                        os.close(entry)
         finally:
             os.close(at)
     return found, []
