@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from ..errors import FusecrError
 from ..incus.ask import REPORT_KEY, REQUEST_KEY, read_object
 from ..incus.client import Server
 from ..incus.mailbox import ProfileMailbox
 from ..incus.names import lxc_name
+from ..linux import proc
 from . import leftmount
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ SNAPSHOT_PREFIX = "fusecr-"
 SNAPSHOT_ID = 12
 _SNAPSHOT = re.compile(rf"{SNAPSHOT_PREFIX}[0-9a-f]{{{SNAPSHOT_ID}}}")
 DELETE_SECONDS = 30.0
+STOP_SECONDS = 10.0
 # Whoever may bind ids to one instance, or to those of one project, displaces none but his own.
 MAX_PER_INSTANCE = 8
 MAX_PER_PROJECT = 1000
@@ -155,6 +158,27 @@ class Bindings:
         """
         with self._server(binding.project) as server:
             return server.instance(binding.instance) is not None
+
+    def end_second_life(self, binding: Binding) -> None:
+        """Stop a source that is committed, and runs again.
+
+        An incusd that is killed after its end, and before it has noted that, starts it anew when it comes up: a second one beside
+        the one on the target (measured: 5 of 6 times when it dies 0.05 to 0.2 s later).
+
+        :raises FusecrError: the local server does not answer, or does not stop it; try again
+        """
+        with self._server(binding.project) as server:
+            instance = server.instance(binding.instance)
+            if instance is None or instance.get("status") != "Running":
+                return
+            if bound_to(instance) != binding.migration or not _same(binding, instance):
+                return
+            # While the hook of the first one's end holds Incus' lock, that shows as running, too: with no process, or a dead one.
+            pid = int(server.get(f"instances/{quote(binding.instance, safe='')}/state").get("pid") or 0)
+            if pid <= 0 or proc.dying(pid):
+                return
+            log.warning("%s: Incus has started it again, and it runs on its target: it is stopped", binding.instance)
+            server.put_state(binding.instance, "stop", STOP_SECONDS, force=True)
 
     def forget(self, migration: str) -> None:
         with self._lock:

@@ -118,13 +118,18 @@ class Upkeep:
             return False
 
     def _forget_committed(self, migration: str) -> None:
-        """A committed source whose instance is gone needs no entry; the events tell this agent that it is."""
+        """A committed source whose instance is gone needs no entry; the events tell this agent that it is.
+
+        One that runs again has to stop.
+        """
         binding = self.bindings.get(migration)
         if binding is None and time.monotonic() - self._began < IDLE_SECONDS:
             return  # this agent has just begun: the instances have not been listed yet
         if binding is None or not self.bindings.exists(binding):
             self.journal.remove(COMMITTED, migration)
             self.bindings.forget(migration)
+        else:
+            self.bindings.end_second_life(binding)
 
     def _forget_expected(self, migration: str) -> None:
         """One that is over, whose client had taken its keys away before this agent began: no binding will end it."""

@@ -249,6 +249,18 @@ def test_killed(place: tuple[str, str], victim: str, where: str, phase: str) -> 
         assert victim == "cli" or code == 4, (code, migration.errors)
 
 
+def test_an_incusd_that_dies_before_it_has_noted_the_sources_end(place: tuple[str, str]) -> None:
+    """The next one starts what ran before: a second life of the source, beside the container on the target."""
+    source, target = place
+    gone = "timeout 100 tail -n 0 -F /var/log/fusecr-lab/agent.log | grep -m 1 -q 'gone; frozen'"
+    killer = subprocess.Popen([str(LAB), "exec", source, "--", "sh", "-c", f"{gone}; sleep 0.1; {KILL['incusd']}"])
+    time.sleep(0.5)
+    migration = Migrating(source, target)
+    migration.end()
+    killer.wait(timeout=120)
+    assert settled() == target
+
+
 @pytest.mark.parametrize("phase", ["start", "finish"])
 def test_the_next_migration_need_not_wait_for_what_a_killed_one_left(place: tuple[str, str], phase: str) -> None:
     """Killed before the target runs: there again. After: back, to where the source has just ended, or is about to."""

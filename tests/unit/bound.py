@@ -22,6 +22,8 @@ class Incus:
         self.there = True
         self.mounted = False
         self.running: list[dict[str, Any]] = []
+        self.pid = 0
+        self.states: list[tuple[str, bool]] = []
 
     def __enter__(self) -> Incus:
         return self
@@ -31,6 +33,14 @@ class Incus:
 
     def instance(self, name: str) -> dict[str, Any] | None:
         return {"name": name, "status": self.status, "config": self.config} if self.there else None
+
+    def get(self, path: str) -> dict[str, Any]:
+        assert path.endswith("/state")
+        return {"pid": self.pid}
+
+    def put_state(self, _name: str, action: str, _deadline: float, *, force: bool) -> None:
+        self.states.append((action, force))
+        self.status, self.pid = "Stopped", 0
 
     def snapshots(self, _name: str) -> list[str]:
         return list(self.names)

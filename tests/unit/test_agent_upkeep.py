@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from pathlib import Path
@@ -341,3 +342,35 @@ def test_an_instance_is_expected_once(tmp_path: Path, expect_log: Any) -> None:
         assert gate.expect(Expected(migration, "default", instance, 30.0)).migration == migration, number
     phases = {m: gate.get(m) for m in ("0a", "0b", "0c")}
     assert {m: e.phase for m, e in phases.items() if e} == {"0a": "aborted", "0b": "expecting", "0c": "expecting"}
+
+
+# A second life
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_committed_source_that_incus_has_started_again_is_stopped(tmp_path: Path, expect_log: Any, keep: bool) -> None:
+    """The incusd that should have noted its end was killed, and the next one starts what ran before."""
+    expect_log("Incus has started it again")
+    incus = Incus(OLD)
+    all_of = bindings(incus)
+    bind(all_of, OLD, "c1")
+    what = upkeep(all_of, tmp_path)
+    what.journal.write(COMMITTED, OLD, {"migration": OLD, "keep_source": keep})
+    incus.pid = os.getpid()
+    what._forget_committed(OLD)
+    assert incus.states == [("stop", True)] and what.journal.read(COMMITTED, OLD) is not None
+    what._forget_committed(OLD)
+    assert incus.states == [("stop", True)]
+
+
+@pytest.mark.parametrize("case", ["its end is being noted", "another migration's", "no longer bound", "stopped"])
+def test_what_is_no_second_life_is_left_alone(tmp_path: Path, case: str) -> None:
+    bound = {"another migration's": NEW, "no longer bound": ""}.get(case, OLD)
+    incus = Incus(bound, status="Stopped" if case == "stopped" else "Running")
+    all_of = bindings(incus)
+    bind(all_of, OLD, "c1")
+    what = upkeep(all_of, tmp_path)
+    what.journal.write(COMMITTED, OLD, {"migration": OLD, "keep_source": False})
+    incus.pid = 0 if case == "its end is being noted" else os.getpid()
+    what._forget_committed(OLD)
+    assert incus.states == []
