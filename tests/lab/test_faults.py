@@ -257,7 +257,7 @@ def test_an_incusd_that_dies_before_it_has_noted_the_sources_end(place: tuple[st
     time.sleep(0.5)
     migration = Migrating(source, target)
     migration.end()
-    killer.wait(timeout=120)
+    assert killer.wait(timeout=120) == 0, "incusd was not killed"
     assert settled() == target
 
 
