@@ -59,18 +59,20 @@ def main(*, debug: bool = False, criu_options: list[str] | None = None, recovery
         raise
     # Imported after the fork: the zygote stays small, and has no thread of a library.
     from ..incus.config import Config
+    from ..recovery.containers import Aside
     from . import recovering
     from .probing import InitProbes
     from .service import Service
 
     journal = Journal()
-    tools = Tools(zygote, journal, Knob(journal), InitProbes(journal))
+    aside = Aside()
+    tools = Tools(zygote, journal, Knob(journal), InitProbes(journal), aside.leave)
     service = Service(tools, Config.load(), criu_options or [])
     ended = Ended()
     failed = watch(zygote, ended)
     raise_descriptors()
     service.start()
-    recovered = recovering.start(zygote) if recovery else None
+    recovered = recovering.start(zygote, aside) if recovery else None
     notify("READY=1")
     log.info("agent %d serves", os.getpid())
     ended.wait()

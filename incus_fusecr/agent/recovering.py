@@ -10,6 +10,7 @@ import subprocess
 from ..errors import FusecrError
 from ..linux.zygote import Zygote
 from ..recovery import config, control
+from ..recovery.containers import Aside, ContainerSupervisor
 from ..recovery.events import EventLog
 from ..recovery.supervisor import Supervisor, missing
 from .loop import Loop
@@ -20,13 +21,18 @@ UNIT = "incus-fusecr.service"
 
 
 class Recovering:
-    """A supervisor that runs, and its control socket."""
+    """Supervisors that run, and their control socket."""
 
-    def __init__(self, zygote: Zygote, configuration: config.Config) -> None:
+    def __init__(self, zygote: Zygote, configuration: config.Config, aside: Aside | None = None) -> None:
         self.events = EventLog()
         self.supervisor = Supervisor(zygote, configuration, self.events)
-        self.server = control.Server(self.supervisor, self.events)
-        for name, target in (("recovery", self.supervisor.run), ("control", self.server.run)):
+        inside: list[Supervisor] = []
+        if any(daemon.protect and daemon.where != "host" for daemon in configuration.daemons):
+            inside.append(ContainerSupervisor(zygote, configuration, self.events, aside=aside))
+        self.supervisors = [self.supervisor, *inside]
+        self.server = control.Server(self.supervisor, self.events, more=inside)
+        targets = [("recovery", self.supervisor.run), *(("containers", one.run) for one in inside), ("control", self.server.run)]
+        for name, target in targets:
             Loop(target, name).start()
 
     def close(self, failed: bool = False) -> None:
@@ -36,16 +42,20 @@ class Recovering:
         """
         self.server.close()
         hand_back = not failed and not restarts()
-        try:
-            for text in self.supervisor.stop(hand_back):
-                log.warning("%s", text)
-        except (FusecrError, TimeoutError) as error:
-            log.error("recovery: %s; guards and holder go on", error or "no answer")
+        for supervisor in reversed(self.supervisors):
+            try:
+                for text in supervisor.stop(hand_back):
+                    log.warning("%s", text)
+            except (FusecrError, TimeoutError) as error:
+                log.error("recovery: %s; guards and holder go on", error or "no answer")
         self.events.close()
 
 
-def start(zygote: Zygote) -> Recovering | None:
-    """None if nothing is to be protected, or nothing can be; the log says why."""
+def start(zygote: Zygote, aside: Aside) -> Recovering | None:
+    """
+    :param aside: containers in which nothing is to be protected just now
+    :returns: None if nothing is to be protected, or nothing can be; the log says why
+    """
     try:
         configuration = config.load()
     except config.ConfigError as error:
@@ -59,7 +69,7 @@ def start(zygote: Zygote) -> Recovering | None:
         log.warning("recovery is off: %s", why)
         return None
     try:
-        return Recovering(zygote, configuration)
+        return Recovering(zygote, configuration, aside)
     except OSError as error:
         log.error("recovery is off: %s", error)
         return None

@@ -48,12 +48,17 @@ InitProbe = Callable[[int], bytes]
 
 @dataclass
 class Tools:
-    """What a session works with; one set per agent."""
+    """What a session works with; one set per agent.
+
+    :ivar leave: lets go of the daemons in the container with this init that are protected against their own death; what it
+        returns takes them up again
+    """
 
     zygote: Zygote
     journal: Journal
     knob: Knob
     init_probe: InitProbe
+    leave: Callable[[int], Callable[[], None]] = lambda _init: lambda: None
 
 
 @dataclass
@@ -224,6 +229,20 @@ def begin(
     :raises Refused: something cannot be carried over; nothing was touched, or everything runs again
     :raises FusecrError: it could not be brought to rest; everything runs again
     """
+    back = tools.leave(init)
+    try:
+        dump = _begin(tools, name, init, imgdir, migration, force, criu)
+    except BaseException:
+        back()
+        raise
+    if dump is None:
+        back()
+    else:
+        dump.undo.callback(back)
+    return dump
+
+
+def _begin(tools: Tools, name: str, init: int, imgdir: int | None, migration: str, force: bool, criu: int) -> Dump | None:
     seen, found = look_twice(tools, init)
     if not seen.connections and not force:
         return None
@@ -441,6 +460,7 @@ def _take_over(dump: Dump, entry: dict[str, Any]) -> bool:
     except ProcessLookupError:
         return False
     dump.undo.callback(dump.initfd.close)
+    dump.undo.callback(tools.leave(dump.init))
     if proc.dying(dump.init) or proc.start_time(dump.init) != entry["start"]:
         return False
     if entry.get("knob"):

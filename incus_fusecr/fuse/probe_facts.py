@@ -68,6 +68,7 @@ class Daemon:
     connections: frozenset[int]
     device_fds: list[int]
     directories: list[bytes]
+    oom_score_adj: int = 0
 
 
 def strings(raw: bytes) -> list[bytes]:
@@ -314,6 +315,7 @@ def read_daemon(pid: int, connections: frozenset[int]) -> Daemon:
         connections=served | connections or _served_by_argv(pid, argv, directories),
         device_fds=device_fds,
         directories=directories,
+        oom_score_adj=int(proc.read_text(f"/proc/{pid}/oom_score_adj")),
     )
 
 

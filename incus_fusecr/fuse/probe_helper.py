@@ -44,9 +44,14 @@ FAILED = "the copy of the daemon {} before it answered FUSE_INIT"
 
 
 class Attempt:
-    """One start of a copy, from fork to the last process' end."""
+    """One start of a copy, from fork to the last process' end.
 
-    def __init__(self, daemon: Daemon, pidfd: int, directory: bytes, hook_open: bool, request: InitRequest) -> None:
+    :param exe: see :class:`Launch`
+    """
+
+    def __init__(
+        self, daemon: Daemon, pidfd: int, directory: bytes, hook_open: bool, request: InitRequest, exe: int | None = None
+    ) -> None:
         self.daemon = daemon
         self.request = request
         self.replies: list[InitReply] = []
@@ -71,7 +76,7 @@ class Attempt:
         empty, writer = os.pipe2(os.O_CLOEXEC)
         os.close(writer)
         named = {number: self._new_socket() for number in named_device_fds(daemon)}
-        launch = Launch(daemon, pidfd, directory, filter_actions(hook_open), theirs, out, empty, named)
+        launch = Launch(daemon, pidfd, directory, filter_actions(hook_open), theirs, out, empty, named, exe=exe)
         self._entrant = launch.start()
         theirs.close()
         os.close(out)

@@ -6,6 +6,9 @@ inner     is in the container's pid namespace; makes a new pid namespace below i
 init      pid 1 of that: when it dies the kernel kills whatever the copy forked, however it daemonized
 copy      takes the daemon's limits, ids, capabilities, filter and label, then execs the daemon
 
+A copy that is to stay (recovery/) is one of the container's own processes instead: in its mount namespace and pid namespace,
+a child of its init, with its /dev/null, and nothing that leads out of it. There is no ``init`` then.
+
 Until the exec none of them is dumpable and their memory belongs to the host's user namespace (ptrace(2)):
 root of the container can kill them, no more. After setns(2) no Python module may be imported: the path leads
 into the container.
@@ -50,6 +53,7 @@ UMOUNT_NOFOLLOW = 8
 DETACH_ROUNDS = 8
 KILL_AFTER = 1.0  # seconds
 MAX_MESSAGE = 8192  # bytes
+NULL_DEVICE = os.makedev(1, 3)
 
 
 # To make the pid namespace, to install the filter and to become the daemon's user.
@@ -64,6 +68,9 @@ class Launch:
     :param empty: read end of a pipe without writer, for stdin. Not /dev/null: through a descriptor of the
         host's node root of a privileged container could change its mode.
     :param sockets: descriptor number -> socket, for daemons whose command line names ``/dev/fd/N``
+    :param pidfd: of a process whose namespaces are the daemon's; ``daemon.pid`` is that process
+    :param exe: O_PATH descriptor of the program, which this object owns from here on; None: that of ``daemon.pid``
+    :param stay: the copy is to live in the container, and mounts for itself: ``hook`` and ``sockets`` mean nothing
     """
 
     def __init__(
@@ -76,6 +83,9 @@ class Launch:
         output: int,
         empty: int,
         sockets: dict[int, int],
+        *,
+        exe: int | None = None,
+        stay: bool = False,
     ) -> None:
         self.daemon = daemon
         self.pidfd = pidfd
@@ -85,9 +95,10 @@ class Launch:
         self.output = output
         self.empty = empty
         self.sockets = sockets
+        self.stay = stay
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.root = os.open(f"/proc/{daemon.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.exe = os.open(f"/proc/{daemon.pid}/exe", os.O_PATH | os.O_CLOEXEC)
+        self.exe = os.open(f"/proc/{daemon.pid}/exe", os.O_PATH | os.O_CLOEXEC) if exe is None else exe
         self.last_cap = caps.last_cap()
         self.machine = machine()  # uname(2), asked before the uts namespace is the container's
 
@@ -137,15 +148,16 @@ class Launch:
                 file.write(b"0")
         # The first to go when memory is short in the container is the copy, not the workload.
         with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
-            file.write(b"1000")
+            file.write(b"%d" % (self.daemon.oom_score_adj if self.stay else 1000))
         self._raise_hard_limits()
         if self.daemon.namespaces:
             ns.setns(self.pidfd, self.daemon.namespaces)
         prctl(PR_SET_DUMPABLE, 0)  # a change of credentials resets it to fs.suid_dumpable
         os.fchdir(self.root)
         os.chroot(".")
-        ns.unshare(ns.CLONE_NEWNS)  # moves root and cwd over to the copies of their mounts
-        self._detach_mounts()
+        if not self.stay:
+            ns.unshare(ns.CLONE_NEWNS)  # moves root and cwd over to the copies of their mounts
+            self._detach_mounts()
         # Root of a privileged container can ptrace what it sees, and must not gain a capability by that.
         keep = self.daemon.caps.bounding | _NEEDED
         caps.limit_bounding(keep, self.last_cap)
@@ -155,7 +167,7 @@ class Launch:
         syscall(SYSCALLS[self.machine]["keyctl"], KEYCTL_JOIN_SESSION_KEYRING, 0, what="session keyring")
         pid = os.fork()
         if pid == 0:
-            self._guarded(self._inner)
+            self._guarded(self._leave_behind if self.stay else self._inner)
         inner = os.pidfd_open(pid)
         self.tell((inner,), pidfd="inner")
         self._outlast(inner)
@@ -245,6 +257,17 @@ class Launch:
         os.close(telling)
         os.waitpid(pid, 0)
 
+    def _leave_behind(self) -> None:
+        """The copy's parent ends at once: it is the child of the container's init then."""
+        told, telling = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            os.close(telling)
+            os.read(told, 1)  # so it is not reaped before somebody can tell that it ended
+            os.close(told)
+            self._guarded(self._copy)
+        self.tell((os.pidfd_open(pid),), pidfd="copy")
+
     # --- init
     # ------------------------------------------------------------------------------------------------
 
@@ -298,6 +321,8 @@ class Launch:
             os.write(fd, b"exec " + os.fsencode(daemon.label))
             os.close(fd)
         exe = self._executable()
+        if self.stay:
+            self._take_null()
         self._drop_privileges()
         argv, envp = _vector(daemon.argv), _vector(daemon.environ)
         self._place_fds()
@@ -322,6 +347,18 @@ class Launch:
             return None
         return path if (there.st_dev, there.st_ino) == (want.st_dev, want.st_ino) else None
 
+    def _take_null(self) -> None:
+        """Standard streams of the container's own, or else none: what leads to a process outside could not be dumped by CRIU."""
+        try:
+            found = os.open("/dev/null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if os.fstat(found).st_rdev != NULL_DEVICE:
+                return
+            opened = os.open(f"self/fd/{found}", os.O_RDWR | os.O_CLOEXEC, dir_fd=self.proc)
+        except OSError:
+            return
+        os.close(found)
+        self.output = self.empty = opened
+
     def _drop_privileges(self) -> None:
         daemon, sets = self.daemon, self.daemon.caps
         # At exec root gets its whole bounding set (capabilities(7)): a daemon that runs as root with fewer
@@ -345,10 +382,11 @@ class Launch:
         """The last steps before exec: a filter of the daemon may forbid what the earlier ones need."""
         for program in self.daemon.filters:
             seccomp.install(program, listener=False)
-        # Of two filters that ask for a notification, the newer one gets it (seccomp(2)).
-        listener = seccomp.install(seccomp.build_filter(self.hook, DENIED_IOCTLS), listener=True)
-        self.tell((listener,), listener=True)
-        os.close(listener)
+        if not self.stay:
+            # Of two filters that ask for a notification, the newer one gets it (seccomp(2)).
+            listener = seccomp.install(seccomp.build_filter(self.hook, DENIED_IOCTLS), listener=True)
+            self.tell((listener,), listener=True)
+            os.close(listener)
         sets = self.daemon.caps
         permitted = caps.capget()[0]
         caps.capset(sets.permitted & permitted, sets.effective & permitted, sets.inheritable & permitted)
@@ -360,7 +398,8 @@ class Launch:
             most = resource.getrlimit(kind)[1]
             hard = most if _higher(hard, most) else hard
             soft = hard if _higher(soft, hard) else soft
-            resource.setrlimit(kind, (0, 0) if kind == resource.RLIMIT_CORE else (soft, hard))
+            no_core = kind == resource.RLIMIT_CORE and not self.stay
+            resource.setrlimit(kind, (0, 0) if no_core else (soft, hard))
 
     def _place_fds(self) -> None:
         """Nothing survives the exec but stdio and the sockets that the command line names."""

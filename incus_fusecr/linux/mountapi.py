@@ -49,6 +49,7 @@ MOUNT_ATTR_NOSYMFOLLOW = 0x200000
 RESOLVE_NO_MAGICLINKS = 0x2
 RESOLVE_NO_SYMLINKS = 0x4
 RESOLVE_BENEATH = 0x8
+RESOLVE_IN_ROOT = 0x10
 RESOLVE_CACHED = 0x20  # since Linux 5.12: EAGAIN instead of asking a file system
 
 CLONE_FS = 0x200
@@ -125,6 +126,15 @@ def open_beneath(base: Fd, path: str, resolve: int = 0) -> Fd:
     resolve |= RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
     how = _HOW.pack(os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, 0, resolve)
     return Fd(check(_openat2(base.fileno(), os.fsencode(path), how, _HOW.size), path), path)
+
+
+def open_in_root(root: Fd, path: str) -> Fd:
+    """O_PATH descriptor of what ``path`` is for who has ``root`` as its root directory; links of procfs are not followed.
+
+    May wait for a file system that is on the way.
+    """
+    how = _HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    return Fd(check(_openat2(root.fileno(), os.fsencode(path), how, _HOW.size), path), path)
 
 
 def detach(mount: Fd) -> None:

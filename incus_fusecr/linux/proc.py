@@ -65,6 +65,17 @@ def dying(pid: int) -> bool:
     return fields["State"][:1] in GONE or bool(pending & SIGKILL_BIT)
 
 
+PF_EXITING = 0x4  # include/linux/sched.h
+
+
+def exiting(pid: int) -> bool:
+    """In exit(2), or gone. The init of a pid namespace stays so until all others in it have ended.
+
+    :raises FileNotFoundError, ProcessLookupError: it is gone
+    """
+    return bool(int(read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[6]) & PF_EXITING)
+
+
 def comm(pid: int) -> str:
     """The process's name, made printable: its bytes are the container's."""
     try:

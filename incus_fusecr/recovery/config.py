@@ -7,6 +7,7 @@ Without any file lxcfs is protected. A later file changes single keys of a daemo
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 import os
 import re
@@ -25,6 +26,8 @@ MAX_COUNT = 1000
 Standby = Literal["warm", "cold"]
 Unserved = Literal["wait", "fail"]
 Durability = Literal["strict", "relaxed"]
+Where = Literal["host", "containers", "everywhere"]
+MAX_PATTERNS = 100
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ class Limits:
 class Daemon:
     """One protected daemon.
 
-    :ivar standby: ``warm``: its sidecar and the fresh daemon run beforehand; ``cold``: they are started at its death
+    :ivar where: daemons of the ``host``, of ``containers``, or ``everywhere``
+    :ivar instances: of containers those whose name is like one of these, as in a shell; ``PROJECT_NAME`` in projects
+    :ivar standby: ``warm``: its sidecar and the fresh daemon run beforehand; ``cold``: they are started at its death. In a
+        container ``warm`` means the sidecar alone
     :ivar attempts: so many daemons may die of one request; then it is answered with EIO
     :ivar unserved: what a request meets while nothing can serve it: ``wait``, or ``fail`` (EIO)
     :ivar deadline: seconds without service after which requests fail with ENOTCONN, or the connection is aborted where no guard
@@ -85,6 +91,8 @@ class Daemon:
     name: str
     match: Match
     protect: bool = True
+    where: Where = "host"
+    instances: tuple[str, ...] = ("*",)
     standby: Standby = "cold"
     limits: Limits = field(default_factory=Limits)
     attempts: int = 3
@@ -93,6 +101,14 @@ class Daemon:
     durability: Durability = "strict"
     warmup: str = ""
     preload: tuple[str, ...] = ()
+
+    @property
+    def on_host(self) -> bool:
+        return self.where != "containers"
+
+    def in_container(self, name: str) -> bool:
+        """Whether daemons of the container with liblxc's name ``name`` are meant."""
+        return self.where != "host" and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.instances)
 
 
 @dataclass(frozen=True)
@@ -105,9 +121,13 @@ class Config:
     def get(self, name: str) -> Daemon | None:
         return next((d for d in self.daemons if d.name == name), None)
 
-    def find(self, *, exe: str, fstype: str, mountpoint: str) -> Daemon | None:
-        """The protected daemon that these facts tell; with several, the one that asks for the most."""
-        fitting = [d for d in self.daemons if d.protect and d.match.fits(exe=exe, fstype=fstype, mountpoint=mountpoint)]
+    def find(self, *, exe: str, fstype: str, mountpoint: str, instance: str = "") -> Daemon | None:
+        """The protected daemon that these facts tell; with several, the one that asks for the most.
+
+        :param instance: the container that it is in, by liblxc's name; empty: it is the host's
+        """
+        there = [d for d in self.daemons if d.protect and (d.in_container(instance) if instance else d.on_host)]
+        fitting = [d for d in there if d.match.fits(exe=exe, fstype=fstype, mountpoint=mountpoint)]
         return max(fitting, key=lambda d: sum(map(bool, (d.match.exe, d.match.fstype, d.match.mountpoint))), default=None)
 
 
@@ -187,12 +207,24 @@ def _mountpoint(text: str) -> str:
     return text
 
 
+def _instances(text: str) -> tuple[str, ...]:
+    patterns = tuple(text.split())
+    if not patterns or len(patterns) > MAX_PATTERNS:
+        raise ValueError(f"{text!r} names no instance, or more than {MAX_PATTERNS}; * means all")
+    wrong = next((word for word in patterns if not re.fullmatch(r"[A-Za-z0-9_.*?\[\]!-]{1,200}", word)), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} is like no instance's name; separate them by spaces, * and ? stand for what is not known")
+    return patterns
+
+
 # key: where it goes (the part of Daemon, its field), and what reads it
 _KEYS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "protect": ("", "protect", _yes_or_no),
     "exe": ("match", "exe", _exe),
     "fstype": ("match", "fstype", _fstype),
     "mountpoint": ("match", "mountpoint", _mountpoint),
+    "where": ("", "where", _one_of("host", "containers", "everywhere")),
+    "instances": ("", "instances", _instances),
     "standby": ("", "standby", _one_of("warm", "cold")),
     "restart-burst": ("limits", "burst", _count),
     "restart-interval": ("limits", "interval", _positive),
@@ -248,6 +280,8 @@ def build(sections: Iterable[Section], files: Iterable[str] = ()) -> Config:
         daemon = _apply(daemons.get(name) or Daemon(name, Match()), section)
         daemons[name] = daemon
         places[name] = section.place
+        if daemon.where == "host" and "instances" in section.values:
+            raise section.values["instances"].place.error("instances: means nothing without where = containers, or everywhere")
         if daemon.limits.backoff_max < daemon.limits.backoff:
             key = next((k for k in ("backoff-max", "backoff") if k in section.values), "")
             place = section.values[key].place if key else section.place
@@ -255,10 +289,13 @@ def build(sections: Iterable[Section], files: Iterable[str] = ()) -> Config:
     for name, place in places.items():
         if daemons[name].match == Match():
             raise place.error(f"daemon {name} has none of exe, fstype, mountpoint: nothing would fit")
-    seen: dict[Match, str] = {}
+    seen: dict[tuple[Match, str], str] = {}
     for name, daemon in sorted(daemons.items()):
-        if daemon.protect and (other := seen.setdefault(daemon.match, name)) != name:
-            raise places.get(name, places.get(other, ini.Place(PATH))).error(f"daemons {other} and {name} have the same match")
+        sides = [""] if daemon.on_host else []
+        sides += daemon.instances if daemon.where != "host" else ()
+        for side in sides if daemon.protect else ():
+            if (other := seen.setdefault((daemon.match, side), name)) != name:
+                raise places.get(name, places.get(other, ini.Place(PATH))).error(f"daemons {other} and {name} have the same match")
     return Config(tuple(daemons[name] for name in sorted(daemons)), tuple(files))
 
 

@@ -16,7 +16,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import EXIT_FAILED, FusecrError, UsageError
@@ -38,8 +39,8 @@ _UCRED = struct.Struct("3i")
 class Server:
     """Accepts until :meth:`close`."""
 
-    def __init__(self, supervisor: Supervisor, events: EventLog, path: str = SOCKET) -> None:
-        self._supervisor, self._events, self.path = supervisor, events, path
+    def __init__(self, supervisor: Supervisor, events: EventLog, path: str = SOCKET, more: Sequence[Supervisor] = ()) -> None:
+        self._supervisors, self._events, self.path = (supervisor, *more), events, path
         self._room = threading.BoundedSemaphore(MAX_CLIENTS)
         self._closing = False
         unlink(path)
@@ -123,18 +124,21 @@ class Server:
         sock.sendall(json.dumps(answer).encode() + b"\n")
 
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
-        supervisor, name, exe = self._supervisor, str(request.get("name", "")), str(request.get("exec", ""))
-        if request.get("op") == "upgrade":
-            return supervisor.upgrade(name, exe, min(MAX_WATCH, max(0.0, float(request.get("watch", 0)))))
-        work = {
-            "status": supervisor.status,
-            "protect": lambda: supervisor.protect(name),
-            "unprotect": lambda: supervisor.unprotect(name),
-        }.get(str(request.get("op")))
-        if work is None:
-            raise UsageError(f"request {request.get('op')!r}", "is not known to this agent")
-        result: dict[str, Any] = supervisor.call(work)
-        return result
+        op, name, exe = request.get("op"), str(request.get("name", "")), str(request.get("exec", ""))
+        if op == "upgrade":
+            return self._owner(name).upgrade(name, exe, min(MAX_WATCH, max(0.0, float(request.get("watch", 0)))))
+        if op == "unprotect":
+            owner = self._owner(name)
+            return dict(owner.call(lambda: owner.unprotect(name)))
+        if op not in ("status", "protect"):
+            raise UsageError(f"request {op!r}", "is not known to this agent")
+        asked = [self._owner(name)] if name else self._supervisors
+        answers = [one.call(one.status if op == "status" else partial(one.protect, name)) for one in asked]
+        return {**answers[0], "units": [unit for answer in answers for unit in answer["units"]]}
+
+    def _owner(self, name: str) -> Supervisor:
+        """Who has that daemon; the host's if nobody has: it may be about to find it."""
+        return next((one for one in self._supervisors if name in one.units), self._supervisors[0])
 
     def _give_events(self, sock: socket.socket, since: int, follow: bool) -> None:
         if not follow:

@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ T = TypeVar("T")
 SYSTEMD_SECONDS = 2.0  # its unit restarts within 20 ms
 ROOTS = 500  # of one entry: 48 KiB of JSON
 CALL_SECONDS = 1.0
+_STARTING = threading.Lock()  # the agent has a supervisor for the host and one for containers: one of them starts the holder
 
 
 class Keeping:
@@ -52,6 +54,11 @@ class Keeping:
             if not poll.poll(0):
                 return False
         self._unwatch()
+        with _STARTING:
+            self._connect()
+        return True
+
+    def _connect(self) -> None:
         end = time.monotonic() + (SYSTEMD_SECONDS if os.environ.get("INVOCATION_ID") else 0.0)
         launched = False
         while True:
@@ -61,7 +68,7 @@ class Keeping:
                 sock.connect(self.path)
                 self._watch = sock
                 self._client.close()
-                return True
+                return
             except OSError as error:
                 sock.close()
                 if time.monotonic() > end:

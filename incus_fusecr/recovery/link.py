@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,6 +219,25 @@ def hold(pid: int, number: int) -> tuple[Process, list[Fd]]:
     return process, found
 
 
+def hold_clones(link: Link) -> bool:
+    """What a daemon has made since: the guard has its own copies, and tells of them. :returns: whether there are more"""
+    if not link.unheld or not link.alive():
+        return False
+    link.unheld = False
+    try:
+        daemon, found = hold(link.daemon.pid, link.number)
+    except OSError:
+        return False  # it has just ended
+    # fewer: it is ending, or threads of it have; what we have of those does no harm
+    more = daemon.start == link.daemon.start and len(found) > len(link.fuse)
+    if more:
+        found, link.fuse = link.fuse, found
+    daemon.close()
+    for fd in found:
+        fd.close()
+    return more
+
+
 def _connected(pidfd: Fd, fd: int) -> Fd | None:
     """A copy of that descriptor, if its connection has not ended."""
     with contextlib.suppress(OSError):
@@ -235,18 +254,27 @@ def servers() -> dict[int, int]:
     A child of lxcfs that asks another pid namespace for it has its descriptors, too, and may outlive it and its connection,
     whose number is another one's by then.
     """
+
+    def ours(pid: int) -> bool:
+        if proc.ns_pids(pid)[1:] or not ns.same_ns(pid, "user"):
+            return False
+        return pid != os.getpid() and proc.comm(pid) not in ("fusecr-guard", "fusecr-holder")
+
+    return served_by((int(name) for name in os.listdir("/proc") if name.isdigit()), ours)
+
+
+def served_by(pids: Iterable[int], fits: Callable[[int], bool]) -> dict[int, int]:
+    """The same of those among ``pids`` that have a /dev/fuse open and fit."""
     found: dict[int, list[int]] = {}
-    for name in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
+    for pid in sorted(pids):
         try:
-            if not _has_device(name) or proc.ns_pids(int(name))[1:] or not ns.same_ns(int(name), "user"):
+            if not _has_device(pid) or not fits(pid):
                 continue
-            if int(name) == os.getpid() or proc.comm(int(name)) in ("fusecr-guard", "fusecr-holder"):
-                continue
-            with pidfd_open(int(name)) as pidfd:
-                for device in device_fds(int(name)):
+            with pidfd_open(pid) as pidfd:
+                for device in device_fds(pid):
                     if device.connection is not None and (copy := _connected(pidfd, device.fd)) is not None:
                         copy.close()
-                        found.setdefault(device.connection, []).append(int(name))
+                        found.setdefault(device.connection, []).append(pid)
         except (OSError, KeyError, ValueError):
             continue
     return {number: _eldest(pids) for number, pids in found.items()}
@@ -261,7 +289,7 @@ def _eldest(pids: list[int]) -> int:
     return pids[0]
 
 
-def _has_device(pid: str) -> bool:
+def _has_device(pid: int) -> bool:
     directory = f"/proc/{pid}/fd"
     for name in os.listdir(directory):
         with contextlib.suppress(OSError):

@@ -16,7 +16,8 @@ from ..linux.pidfd import pidfd_getfd
 from . import recipe
 from .fresh import RUN
 from .guards import read_roots
-from .link import Guard, Link, Process, guard_at, servers
+from .link import Guard, Link, Process, guard_at
+from .recipe import Recipe
 from .unit import Unit
 
 log = logging.getLogger(__name__)
@@ -25,13 +26,14 @@ _SOCKET = re.compile(r"guard-(\d+)\.sock")
 _LOG = re.compile(r"sidecar-(.+)\.log")
 
 
-def from_guards(unit_for: Callable[[str], Unit | None], known: Collection[int]) -> list[Link]:
+def from_guards(unit_for: Callable[[str], Unit | None], known: Collection[int], inside: bool = False) -> list[Link]:
     """Connections that guards hold and nobody else knows of; they belong to their units then.
 
     :param known: connections that need not be looked for
+    :param inside: those of containers' daemons, else those of the host's
     """
     found = []
-    serving: dict[int, int] | None = None
+    serving: dict[str, dict[int, int]] = {}
     for path in sorted(glob.glob(f"{RUN}/guard-*.sock")):
         match = _SOCKET.fullmatch(os.path.basename(path))
         if match is None or int(match[1]) in known:
@@ -40,9 +42,13 @@ def from_guards(unit_for: Callable[[str], Unit | None], known: Collection[int]) 
         guard = guard_at(path, number)
         if guard is None:
             continue
-        serving = servers() if serving is None else serving
         try:
-            link = _link(guard, number, serving.get(number), unit_for)
+            words, command = options(proc.read_text(f"/proc/{guard.process.pid}/cmdline").split("\0")[:-1])
+            made_of = recipe.of_sidecar(command)
+            if bool(made_of.facts) != inside:
+                guard.close()
+                continue
+            link = _link(guard, number, words, made_of, unit_for, serving)
         except (OSError, ValueError, KeyError) as error:
             log.warning("guard %d of connection %d: %s", guard.process.pid, number, error)
             guard.close()
@@ -60,8 +66,14 @@ def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     return dict(zip(words[1:end:2], words[2:end:2], strict=False)), words[end + 1 :]
 
 
-def _link(guard: Guard, number: int, pid: int | None, unit_for: Callable[[str], Unit | None]) -> Link | None:
-    words, command = options(proc.read_text(f"/proc/{guard.process.pid}/cmdline").split("\0")[:-1])
+def _link(
+    guard: Guard,
+    number: int,
+    words: dict[str, str],
+    made_of: Recipe,
+    unit_for: Callable[[str], Unit | None],
+    serving: dict[str, dict[int, int]],
+) -> Link | None:
     match = _LOG.fullmatch(os.path.basename(words.get("--log", "")))
     unit = unit_for(match[1]) if match else None
     if unit is None:
@@ -75,8 +87,11 @@ def _link(guard: Guard, number: int, pid: int | None, unit_for: Callable[[str], 
             fuse.append(pidfd_getfd(guard.process.pidfd, int(word)))
     if not fuse:
         raise ValueError("it holds nothing any more")
+    if unit.instance not in serving:
+        serving[unit.instance] = unit.servers()
+    pid = serving[unit.instance].get(number)
     daemon = Process.of(pid) if pid else Process(0, 0)
-    link = Link(number, unit.key, daemon, recipe.of_sidecar(command), False, fuse, guard=guard, roots=read_roots(number))
+    link = Link(number, unit.key, daemon, made_of, False, fuse, guard=guard, roots=read_roots(number))
     unit.add(link)
     if link.roots:
         unit.context.keeping.put_roots(link)

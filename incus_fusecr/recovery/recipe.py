@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a daemon is started a second time: read from /proc of the living one, kept as JSON, turned into command lines.
 
-Host daemons only: they are in the agent's own namespaces but for the mount namespace, and run with the rights of its root.
+Daemons of the host are in the agent's own namespaces but for the mount namespace, and run with the rights of its root. Those of
+containers are started by what is in their file of facts (facts.py).
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,11 +21,17 @@ FRESH = "/run/incus-fusecr/fresh"  # mountpoints of fresh daemons, in the agent'
 MAX_STRINGS = 16 << 10  # bytes of argv, and of the environment: both go into one entry of the holder
 SIDECAR_MOUNT = "/dev/fd/@FD@"  # see guard/client.py
 LXCFS = "lxcfs"
+# A sidecar in a container. -I and -S: neither the environment nor site-packages decide what root of the host runs.
+INSIDE = ["-I", "-S", "-c", "import sys; sys.path.append(sys.argv[1]); from incus_fusecr.recovery.sidecar import main; main()"]
+_PARENT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """``argv`` has :data:`MOUNT_WORD` where the mountpoint was; ids and umask as in /proc/PID/status."""
+    """``argv`` has :data:`MOUNT_WORD` where the mountpoint was; ids and umask as in /proc/PID/status.
+
+    :ivar facts: file of facts of a daemon in a container; then ``exe`` alone means something beside it, to who reads it
+    """
 
     exe: str
     argv: tuple[str, ...]
@@ -33,6 +41,7 @@ class Recipe:
     gid: int = 0
     groups: tuple[int, ...] = ()
     umask: int = 0o22
+    facts: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,7 +52,8 @@ class Recipe:
         lists = {key: tuple(map(str, raw[key])) for key in ("argv", "environ")}
         groups = tuple(map(int, raw["groups"]))
         ids = {key: int(raw[key]) for key in ("uid", "gid", "umask")}
-        return cls(str(raw["exe"]), lists["argv"], lists["environ"], str(raw["cwd"]), groups=groups, **ids)
+        facts = str(raw.get("facts", ""))
+        return cls(str(raw["exe"]), lists["argv"], lists["environ"], str(raw["cwd"]), groups=groups, facts=facts, **ids)
 
     def with_exe(self, path: str) -> Recipe:
         """The same with another executable; it is still called as the first one was."""
@@ -61,6 +71,8 @@ class Recipe:
 
     def sidecar(self, pidfile: str) -> list[str]:
         """A command for the guard, which runs it with its own environment and ids."""
+        if self.facts:
+            return [sys.executable, *INSIDE, _PARENT, self.facts, "@FD@"]
         words = [self.exe, *self.command(SIDECAR_MOUNT, pidfile)[1:]]
         if self.uid or self.gid or self.groups:
             groups = ["--groups", ",".join(map(str, self.groups))] if self.groups else ["--clear-groups"]
@@ -73,6 +85,8 @@ def of_sidecar(words: Sequence[str]) -> Recipe:
 
     :raises ValueError: it is no such command
     """
+    if list(words[1 : len(INSIDE) + 1]) == INSIDE and len(words) == len(INSIDE) + 4:
+        return Recipe("", (), facts=words[-2])
     if list(words[:2]) != ["/usr/bin/env", "-C"] or words[3:4] != ["-i"]:
         raise ValueError(f"no command of ours: {words[:4]}")
     end = next((i for i in range(4, len(words)) if "=" not in words[i]), len(words))

@@ -25,6 +25,7 @@ from ..linux.zygote import JobError, Zygote
 from . import changes, fresh, rebuild
 from .config import Config, Daemon, Match
 from .context import Context
+from .describe import describe
 from .events import EventLog
 from .guards import Guards
 from .keeping import Keeping
@@ -67,8 +68,13 @@ def host_mounts() -> list[Mount]:
 class Supervisor:
     """:meth:`run` in a thread of its own; everything else may be called by others.
 
+    :cvar inside: whether it is for daemons inside of containers, see containers.py
+    :cvar longest: seconds for which it may wait without looking for what tells nobody that it happened
     :param guard: path of the guards' program
     """
+
+    inside = False
+    longest = IDLE_SECONDS
 
     def __init__(self, zygote: Zygote, config: Config, events: EventLog, guard: str = PROGRAM) -> None:
         self.config, self.events = config, events
@@ -188,25 +194,25 @@ class Supervisor:
     def _wait(self) -> None:
         poll = select.poll()
         poll.register(self._wake_r, select.POLLIN)
-        poll.register(self._mounts.fileno(), select.POLLPRI)
+        if not self.inside:
+            poll.register(self._mounts.fileno(), select.POLLPRI)
         followers: dict[int, Link] = {}
         unit_of: dict[int, str] = {}
         if self._keeping.fileno() >= 0:
             poll.register(self._keeping.fileno(), select.POLLIN)
         for unit in self.units.values():
+            for pidfd in unit.watched():
+                poll.register(pidfd.fileno(), select.POLLIN)
+                unit_of[pidfd.fileno()] = unit.key
             for link in unit.links.values():
-                for process in (link.daemon, link.guard.process if link.guard else None):
-                    if process is not None and process.pidfd is not None:
-                        poll.register(process.pidfd.fileno(), select.POLLIN)
-                        unit_of[process.pidfd.fileno()] = unit.key
                 if link.guard is not None and link.guard.follower is not None:
                     followers[link.guard.follower.fileno()] = link
                     unit_of[link.guard.follower.fileno()] = unit.key
                     poll.register(link.guard.follower.fileno(), select.POLLIN)
         dues = [self._due(unit) for unit in self.units.values()] + list(self._not_before.values())
         timeout = min(IDLE_SECONDS, max(0.0, min(dues, default=IDLE_SECONDS + time.monotonic()) - time.monotonic()))
-        happened = poll.poll(timeout * 1000 + 0.5)
-        self._all = not happened and timeout == IDLE_SECONDS
+        happened = poll.poll(min(timeout, self.longest) * 1000 + 0.5)
+        self._all = not happened and min(timeout, self.longest) == IDLE_SECONDS
         for fd, _ in happened:
             if fd in unit_of:
                 self._stirred.add(unit_of[fd])
@@ -270,21 +276,22 @@ class Supervisor:
 
     def _revive(self) -> None:
         self._keeping.revive()
-        self.events.add("holder-rebuilt", level=logging.WARNING)
+        if not self.inside:
+            self.events.add("holder-rebuilt", level=logging.WARNING)
 
     def _load(self) -> None:
         """Take over from the agent before; without a holder, from its guards."""
         self._keeping.ensure()
         entries = self._keeping.entries()
-        if "ns" in entries and (found := self._keeping.get("ns")) and found[1]:
+        if "ns" in entries and not self.inside and (found := self._keeping.get("ns")) and found[1]:
             self._own = found[1][0]
         for key, meta in entries.items():
-            if key.startswith("unit-"):
+            if key.startswith("unit-") and ("instance" in meta) == self.inside:
                 self._load_entry(key, lambda key=key, meta=meta: self._load_unit(key[5:], meta))  # type: ignore[misc]
         names = [key for key in entries if key.startswith("conn-")]
         links = [self._load_entry(key, lambda key=key: self._load_link(key, entries)) for key in names]  # type: ignore[misc]
         loaded = [link for link in links if link is not None]
-        loaded += rebuild.from_guards(self._unit_for, {link.number for link in loaded})
+        loaded += rebuild.from_guards(self._unit_for, {link.number for link in loaded}, self.inside)
         for unit in self.units.values():
             for role in ("current", "warm"):
                 meta = entries.get(f"{role}-{unit.key}", {})
@@ -295,7 +302,7 @@ class Supervisor:
                 unit.warm = None
             unit.resume()
         known = {link.daemon.pid for link in loaded}
-        if entries:
+        if entries and not self.inside:
             fresh.kill_strays(FRESH, known)
         if loaded:
             self.events.add("taken-over", connections=len(loaded))
@@ -319,12 +326,15 @@ class Supervisor:
         config = self.config.get(str(meta.get("name", "")))
         if config is None:
             config = Daemon(str(meta.get("name", key)), Match(), protect=False)
-        unit = Unit(self._context, key, config, str(meta["mountpoint"]))
+        unit = self._make_unit(key, config, meta)
         unit.paused = bool(meta.get("paused")) or not config.protect
         with contextlib.suppress(KeyError, TypeError, ValueError):
             unit.recipe = Recipe.from_json(meta["recipe"])
         self.units[key] = unit
         return None
+
+    def _make_unit(self, key: str, config: Daemon, meta: dict[str, Any]) -> Unit:
+        return Unit(self._context, key, config, str(meta["mountpoint"]))
 
     def _load_link(self, key: str, entries: dict[str, dict[str, Any]]) -> Link | None:
         number = int(key[5:])
@@ -411,7 +421,7 @@ class Supervisor:
         self._discover()
         if name:
             self.unit(name).settle()
-        return {"units": [self.describe(unit) for unit in self.units.values() if name in ("", unit.key)]}
+        return {"units": [describe(unit) for unit in self.units.values() if name in ("", unit.key)]}
 
     def unprotect(self, name: str) -> dict[str, Any]:
         """Give a daemon back."""
@@ -456,43 +466,4 @@ class Supervisor:
 
     def status(self) -> dict[str, Any]:
         """For ``incus-fusecr status``."""
-        return {"units": [self.describe(unit) for unit in self.units.values()], "holder_restarts": self._keeping.restarts}
-
-    def describe(self, unit: Unit) -> dict[str, Any]:
-        """What there is to tell of a unit."""
-        current, warm = unit.link(unit.current), unit.link(unit.warm)
-        links = [self._describe_link(unit, link) for link in unit.links.values()]
-        state = "unprotected" if unit.paused else "protected"
-        if not unit.paused and (current is None or not current.alive()):
-            state = "recovering" if unit.links or unit.recipe else "waiting"
-        elif not unit.paused and (current is None or current.guard is None or not current.guard.alive()):
-            state = "unguarded"
-        return {
-            "name": unit.key,
-            "mountpoint": unit.mountpoint,
-            "state": state,
-            "pid": current.daemon.pid if current else 0,
-            "connection": unit.current or 0,
-            "exe": unit.recipe.exe if unit.recipe else "",
-            "spare": warm.daemon.pid if warm else 0,
-            "failures": unit.restarts.failures,
-            "problem": unit.problem,
-            "connections": links,
-        }
-
-    def _describe_link(self, unit: Unit, link: Link) -> dict[str, Any]:
-        roles = {unit.current: "current", unit.warm: "spare"}
-        found = self._context.guards.status(link)
-        counted = ("nodes", "handles", "pending", "requests", "respawns")
-        numbers: dict[str, Any] = {key: int(found[key]) for key in counted if key in found}
-        return {
-            "connection": link.number,
-            "role": roles.get(link.number, "old"),
-            "daemon": link.daemon.pid,
-            "alive": link.alive(),
-            "guard": link.guard.process.pid if link.guard else 0,
-            "phase": found.get("phase", "none"),
-            "sidecar": int(found.get("sidecar", 0)),
-            **numbers,
-        }
-
+        return {"units": [describe(unit) for unit in self.units.values()], "holder_restarts": self._keeping.restarts}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import FusecrError
@@ -19,7 +20,7 @@ from .config import Daemon
 from .context import Context
 from .fresh import StartError
 from .hostmount import State
-from .link import Link, hold, servers
+from .link import Link, hold, hold_clones, servers
 from .locked import zygote_locker
 from .opener import zygote_opener
 from .plan import Device
@@ -43,7 +44,10 @@ class Unit:
     :ivar warm: the spare
     :ivar candidate: what an upgrade has started and nobody uses yet
     :ivar due: when to settle again even if nothing happens; None: not at all
+    :ivar instance: the container that it is in, by liblxc's name; empty: the host
     """
+
+    instance = ""
 
     def __init__(self, context: Context, key: str, config: Daemon, mountpoint: str) -> None:
         self.context, self.key, self.config = context, key, config
@@ -128,6 +132,17 @@ class Unit:
         if self.recipe is None and (current := self.link(self.current)) is not None:
             self.recipe = current.recipe
 
+    def servers(self) -> dict[int, int]:
+        """Who serves the connections of where this is, see link.py."""
+        return servers()
+
+    def watched(self) -> Iterator[Fd]:
+        """Pidfds of those whose end is to be seen at once."""
+        for link in self.links.values():
+            for process in (link.daemon, link.guard.process if link.guard else None):
+                if process is not None and process.pidfd is not None:
+                    yield process.pidfd
+
     # -- settling
 
     def settle(self) -> None:
@@ -181,7 +196,8 @@ class Unit:
     def guard(self, link: Link) -> None:
         if self.context.guards.ensure(link, self.config):
             link.unserved_since = None
-            self._hold_clones(link)
+            if hold_clones(link):
+                self.context.keeping.put_link(link)
             acquaint.once(self.context, link, self.config.preload)
             return
         now = time.monotonic()
@@ -191,23 +207,6 @@ class Unit:
         link.unserved_since = link.unserved_since or now
         if self.config.deadline and now - link.unserved_since > self.config.deadline:
             self.abort(link)
-
-    def _hold_clones(self, link: Link) -> None:
-        """What its daemon has made since: the guard has its own copies, and tells of them."""
-        if not link.unheld or not link.alive():
-            return
-        link.unheld = False
-        try:
-            daemon, found = hold(link.daemon.pid, link.number)
-        except OSError:
-            return  # it has just ended
-        # fewer: it is ending, or threads of it have; what we have of those does no harm
-        if daemon.start == link.daemon.start and len(found) > len(link.fuse):
-            found, link.fuse = link.fuse, found
-            self.context.keeping.put_link(link)
-        daemon.close()
-        for fd in found:
-            fd.close()
 
     def abort(self, link: Link) -> None:
         """The last resort: nothing serves it, and tasks wait in D."""
@@ -365,7 +364,7 @@ class Unit:
         if number in self.links:
             self._swap_at = self._swap_at or time.monotonic()
             return False
-        pid = servers().get(number)
+        pid = self.servers().get(number)
         if pid is None:
             now = time.monotonic()
             if self._unknown is None or self._unknown[0] != number:
@@ -384,7 +383,7 @@ class Unit:
         if top.state is not State.PRESENT or top.device is None:
             return False
         unknown = [number for major, number in hostmount.buried(self.mountpoint) if major == 0 and number not in self.links]
-        serving = servers() if unknown else {}
+        serving = self.servers() if unknown else {}
         for number in unknown:
             pid = serving.get(number)
             if pid is not None and self._refused != (pid, number):

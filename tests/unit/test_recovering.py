@@ -53,7 +53,7 @@ class PaperServer:
     ended: threading.Event
     error: BaseException | None
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, more: object = ()) -> None:
         self.ended, self.error = threading.Event(), PaperServer.error
 
     def run(self) -> None:

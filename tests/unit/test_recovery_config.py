@@ -45,14 +45,17 @@ def test_every_key() -> None:
         unserved = fail
         deadline = 1.5 s
         durability = relaxed
+        where = everywhere
+        instances = web-* db1
         ; another comment
         """
     )
     assert found.get("backup") == Daemon(
         "backup", Match("sshfs", "fuse.sshfs", "/srv/back up"), standby="warm", attempts=2, unserved="fail", deadline=1.5,
         limits=Limits(burst=7, interval=120, backoff=0.25, backoff_max=5, breaker=4, cooldown=3600), durability="relaxed",
+        where="everywhere", instances=("web-*", "db1"),
     )
-    assert len(config._KEYS) == 15  # a new key belongs into this test
+    assert len(config._KEYS) == 17  # a new key belongs into this test
 
 
 def test_other_daemons_are_cold_and_strict() -> None:

@@ -17,6 +17,7 @@ from incus_fusecr.errors import FusecrError
 from incus_fusecr.linux.fd import Fd
 from incus_fusecr.recovery import changes, fresh, hostmount, supervisor
 from incus_fusecr.recovery import events as event_log
+from incus_fusecr.recovery import link as links
 from incus_fusecr.recovery import unit as units
 from incus_fusecr.recovery.config import LXCFS
 from incus_fusecr.recovery.events import EventLog
@@ -152,6 +153,7 @@ def unit(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(fresh, "start", start)
     monkeypatch.setattr(fresh, "clone_host_mount", clone)
     monkeypatch.setattr(units, "hold", hold)
+    monkeypatch.setattr(links, "hold", hold)
     monkeypatch.setattr(units, "Link", PaperLink)
     monkeypatch.setattr(units.recipe, "read", lambda pid, mountpoint: RECIPE)
     monkeypatch.setattr(units, "servers", lambda: {number: number * 10 for number in world.alive})
