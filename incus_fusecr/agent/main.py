@@ -66,7 +66,7 @@ def main(*, debug: bool = False, criu_options: list[str] | None = None, recovery
 
     journal = Journal()
     aside = Aside()
-    tools = Tools(zygote, journal, Knob(journal), InitProbes(journal), aside.leave)
+    tools = Tools(zygote, journal, Knob(journal), InitProbes(journal), aside.leave, lambda init: aside.outside(init))
     service = Service(tools, Config.load(), criu_options or [])
     ended = Ended()
     failed = watch(zygote, ended)

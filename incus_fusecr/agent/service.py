@@ -201,6 +201,7 @@ class Service:
             found = dumping.paths_verdicts(self.tools, seen)
         if not finds_daemons():
             found.insert(0, survive.Verdict(NAMES_CONNECTIONS, "is missing: no daemon can be found", "Linux 6.16 or later"))
+        found += [survive.Verdict(*words) for words in self.tools.outside(init)]
         replies: dict[str, str] = {}
         # More than can be carried over are not asked one by one; a verdict says so already.
         for number, pids in sorted(seen.connections.items())[: manifest.MAX_CONNECTIONS]:

@@ -50,8 +50,8 @@ InitProbe = Callable[[int], bytes]
 class Tools:
     """What a session works with; one set per agent.
 
-    :ivar leave: lets go of the daemons in the container with this init that are protected against their own death; what it
-        returns takes them up again
+    :ivar leave: lets go of the protected daemons in the container with this init; what it returns takes them up again
+    :ivar outside: what is served from outside of that container, and so could not be dumped: (what, why, hint) each
     """
 
     zygote: Zygote
@@ -59,6 +59,7 @@ class Tools:
     knob: Knob
     init_probe: InitProbe
     leave: Callable[[int], Callable[[], None]] = lambda _init: lambda: None
+    outside: Callable[[int], list[tuple[str, str, str]]] = lambda _init: []
 
 
 @dataclass

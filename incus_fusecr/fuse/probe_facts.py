@@ -69,6 +69,7 @@ class Daemon:
     device_fds: list[int]
     directories: list[bytes]
     oom_score_adj: int = 0
+    mountpoint: str = ""  # whatever FUSE is mounted there is not to be seen by a copy, besides its connections
 
 
 def strings(raw: bytes) -> list[bytes]:
@@ -260,9 +261,13 @@ def _directories(pid: int, environ: list[bytes]) -> list[bytes]:
     return list(dict.fromkeys(found))
 
 
-def fuse_mounts(raw: bytes, connections: frozenset[int]) -> list[str]:
-    """Mount points in a mountinfo text that belong to one of the connections, the last mounted first."""
-    return [m.mountpoint for m in reversed(parse_mountinfo(raw)) if m.major == 0 and m.minor in connections]
+def fuse_mounts(raw: bytes, connections: frozenset[int], mountpoint: str = "") -> list[str]:
+    """Mount points in a mountinfo text that belong to one of the connections, the last mounted first.
+
+    :param mountpoint: all FUSE mounts there are meant, too
+    """
+    every = [m for m in reversed(parse_mountinfo(raw)) if m.major == 0]
+    return [m.mountpoint for m in every if m.minor in connections or (m.is_fuse and m.mountpoint == mountpoint)]
 
 
 def _served_by_argv(pid: int, argv: list[bytes], directories: list[bytes]) -> frozenset[int]:

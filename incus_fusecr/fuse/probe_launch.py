@@ -222,7 +222,7 @@ class Launch:
             mounts = self._proc_self("mountinfo")
             if not mounts:
                 raise OSError(errno.EXDEV, "the daemon's root directory is not in its mount namespace")
-            targets = fuse_mounts(mounts, self.daemon.connections)
+            targets = fuse_mounts(mounts, self.daemon.connections, self.daemon.mountpoint)
             if not targets:
                 return
             for target in targets:

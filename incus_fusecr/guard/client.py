@@ -80,6 +80,7 @@ def command(
     sidecar: Sequence[str],
     options: Options,
     program: str = PROGRAM,
+    userns: int = -1,
 ) -> list[str]:
     """The command line of a guard; ``init`` is the body of the kernel's FUSE_INIT, ``pidfd`` -1 of a dead daemon."""
     return [
@@ -89,6 +90,7 @@ def command(
         *("--pidfd", str(pidfd)),
         *("--init", init.hex()),
         *("--control", control),
+        *(("--userns", str(userns)) if userns >= 0 else ()),
         *options.words(),
         "--",
         *sidecar,
@@ -106,14 +108,16 @@ def spawn(
     program: str = PROGRAM,
     log: int | None = None,
     seconds: float = SECONDS,
+    userns: int = -1,
 ) -> subprocess.Popen[bytes]:
     """Start a guard and wait until it listens. The caller's descriptors stay open, and the caller's.
 
     :param log: descriptor for what it writes on stderr
+    :param userns: descriptor of the user namespace that the mount belongs to; -1: the caller's
     :raises GuardError: it ended, or does not listen within ``seconds``
     """
-    words = command(connection, fuse_fds, pidfd, init, control, sidecar, options or Options(), program)
-    passed = [*fuse_fds, *([pidfd] if pidfd >= 0 else [])]
+    words = command(connection, fuse_fds, pidfd, init, control, sidecar, options or Options(), program, userns)
+    passed = [*fuse_fds, *(fd for fd in (pidfd, userns) if fd >= 0)]
     output = subprocess.DEVNULL if log is None else log
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=passed, start_new_session=True, cwd="/"

@@ -4,8 +4,10 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -420,6 +422,85 @@ static void poll_files(const char *pid)
 		close(process);
 }
 
+/* -- ancestors */
+
+/*
+ * A directory that nobody has open, and that is named by .. from one that somebody has. The kernel keeps the directories above
+ * one that is in use, so the cache knows them. In the mount's user namespace (see enter()): others may not walk there.
+ */
+static void look_above(const char *pid, const char *name)
+{
+	struct how how = { O_PATH | O_DIRECTORY | O_CLOEXEC, 0, RESOLVE_CACHED };
+	char link[64], path[PATH_MAX], result[2 * PATH_MAX], *end;
+	struct seen seen = { 0 };
+	uint64_t mount, other;
+	ssize_t length;
+	int dir, up, tries;
+
+	snprintf(link, sizeof(link), "/proc/%s/%s", pid, name);
+	dir = open(link, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	if (dir < 0)
+		return;
+	length = readlink(link, path, sizeof(path) - 1);
+	if (length > 0 && ours(dir, "", AT_EMPTY_PATH, &seen, &mount)) {
+		path[length] = '\0';
+		if (!in_filesystem(pid, mount, path, result, sizeof(result)))
+			length = 0;
+	} else {
+		length = 0;
+	}
+	while (length > 0 && !found && (end = strrchr(result, '/')) && end[1]) {
+		for (tries = 0, up = -1; up < 0 && tries < 3; tries++)
+			up = syscall(SYS_openat2, dir, "..", &how, sizeof(how));
+		close(dir);
+		dir = up;
+		end[end == result] = '\0';
+		memset(&seen, 0, sizeof(seen));
+		seen.has_path = 1;
+		if (dir < 0 || !ours(dir, "", AT_EMPTY_PATH, &seen, &other) || other != mount ||
+		    !identify(dir, "", AT_EMPTY_PATH, &seen))
+			break;
+		report(&seen, result);
+	}
+	if (dir >= 0)
+		close(dir);
+}
+
+static void look_above_all(const char *pid)
+{
+	char path[64], name[300];
+	struct dirent *entry;
+	DIR *dir;
+
+	look_above(pid, "cwd");
+	snprintf(path, sizeof(path), "/proc/%s/fd", pid);
+	dir = opendir(path);
+	while (dir && !found && (entry = readdir(dir))) {
+		if (entry->d_name[0] == '.')
+			continue;
+		snprintf(name, sizeof(name), "fd/%s", entry->d_name);
+		look_above(pid, name);
+	}
+	if (dir)
+		closedir(dir);
+}
+
+/*
+ * Become root of the user namespace that the mount belongs to: whoever is in none of its namespaces may not walk on it
+ * (fs/fuse/dir.c fuse_allow_current_process()), and has no user id that a request could name.
+ */
+static void enter(int userns)
+{
+	if (userns < 0 || setns(userns, CLONE_NEWUSER))
+		return;
+	(void)!setgroups(0, NULL);	/* it may be denied there */
+	if (setresgid(0, 0, 0) || setresuid(0, 0, 0))
+		_exit(1);
+	/* the change has made us dumpable by fs.suid_dumpable at most; nobody there may trace what comes from outside */
+	if (prctl(PR_SET_DUMPABLE, 0))
+		_exit(1);
+}
+
 static void each_process(void (*visit)(const char *pid))
 {
 	DIR *dir = opendir("/proc");
@@ -438,9 +519,9 @@ static void look_into_other(const char *pid)
 	look_into(pid, false);
 }
 
-_Noreturn void look(int socket, unsigned int number, uint64_t id, uint32_t pid, enum look kind)
+_Noreturn void look(int socket, int userns, unsigned int number, uint64_t id, uint32_t pid, enum look kind)
 {
-	const int keep = 3;
+	const int keep = 3, second = 4;
 	char first[16];
 
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL))
@@ -449,14 +530,24 @@ _Noreturn void look(int socket, unsigned int number, uint64_t id, uint32_t pid, 
 	 * No copy of /dev/fuse in a process that touches files of its connection; and no guard that goes on living in a child
 	 * of it that hangs.
 	 */
+	if (userns >= 0) {
+		/* above both places, so that neither is overwritten before it is read */
+		userns = fcntl(userns, F_DUPFD, second + 1);
+		socket = fcntl(socket, F_DUPFD, second + 1);
+	}
 	if (dup2(socket, keep) < 0)
 		_exit(1);
-	syscall(SYS_close_range, keep + 1, ~0U, 0);
+	if (userns >= 0 && dup2(userns, second) < 0)
+		_exit(1);
+	syscall(SYS_close_range, keep + 1 + (userns >= 0), ~0U, 0);
+	if (userns >= 0)
+		userns = second;
 	out = keep;
 	connection = number;
 	wanted = id;
 	what = kind;
 	if (kind == LOOK_SLEEPERS) {
+		enter(userns);
 		each_process(poll_files);
 		_exit(0);
 	}
@@ -468,5 +559,9 @@ _Noreturn void look(int socket, unsigned int number, uint64_t id, uint32_t pid, 
 		each_process(look_at_roots);
 	if (!found && kind != LOOK_ROOTS)
 		each_process(look_into_other);
+	if (!found && kind == LOOK_NODE) {
+		enter(userns);
+		each_process(look_above_all);
+	}
 	_exit(0);
 }

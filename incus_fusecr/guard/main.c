@@ -48,7 +48,8 @@ static _Noreturn void usage(const char *what, const char *value)
 	fprintf(stderr, "fusecr-guard: %s: %s\n"
 		"usage: fusecr-guard --connection N --fuse-fd FD[,FD..] --pidfd FD|-1 --init HEX --control PATH\n"
 		"         [--standby warm|cold] [--durability strict|none] [--attempts N] [--unserved wait|fail]\n"
-		"         [--deadline SECONDS] [--log PATH] [--roots PATH] -- SIDECAR ARGV... (@FD@: its socket)\n", what, value);
+		"         [--deadline SECONDS] [--log PATH] [--roots PATH] [--userns FD]\n"
+		"         -- SIDECAR ARGV... (@FD@: its socket)\n", what, value);
 	exit(EXIT_USAGE);
 }
 
@@ -108,11 +109,13 @@ static void parse(int argc, char **argv)
 		{ "control", required_argument, NULL, 's' }, { "standby", required_argument, NULL, 'w' },
 		{ "durability", required_argument, NULL, 'd' }, { "attempts", required_argument, NULL, 'a' },
 		{ "unserved", required_argument, NULL, 'u' }, { "deadline", required_argument, NULL, 't' },
-		{ "log", required_argument, NULL, 'l' }, { "roots", required_argument, NULL, 'r' }, { 0 },
+		{ "log", required_argument, NULL, 'l' }, { "roots", required_argument, NULL, 'r' },
+		{ "userns", required_argument, NULL, 'n' }, { 0 },
 	};
 	int option;
 
 	pump_options.attempts = 3;
+	pump_options.userns = -1;
 	pump_options.strict = true;
 	while ((option = getopt_long(argc, argv, "+", known, NULL)) != -1) {
 		switch (option) {
@@ -152,6 +155,9 @@ static void parse(int argc, char **argv)
 		case 'r':
 			options.roots = optarg;
 			break;
+		case 'n':
+			pump_options.userns = (int)number("--userns", optarg, -1, 1 << 20);
+			break;
 		default:
 			usage("option", "unknown, or without a value");
 		}
@@ -161,6 +167,8 @@ static void parse(int argc, char **argv)
 		usage("missing", "--connection, --fuse-fd, --init, --control or the sidecar's command");
 	if (options.pidfd >= 0 && fcntl(options.pidfd, F_SETFD, FD_CLOEXEC))
 		usage("--pidfd", strerror(errno));
+	if (pump_options.userns >= 0 && fcntl(pump_options.userns, F_SETFD, FD_CLOEXEC))
+		usage("--userns", strerror(errno));
 	sidecar_setup(argv + optind, options.init, options.init_size, options.log);
 }
 

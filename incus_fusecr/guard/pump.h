@@ -65,6 +65,7 @@ struct pump_options {
 	unsigned int attempts;
 	bool fail_unserved, strict;
 	unsigned int deadline;	/* seconds, 0: none */
+	int userns;		/* of the mount; -1: our own */
 };
 
 struct pump_counts {

@@ -143,7 +143,7 @@ bool resolve_start(uint64_t id, uint32_t pid, enum look what)
 		return false;
 	search->pid = fork();
 	if (search->pid == 0)
-		look(pair[1], pump_options.device.connection, id, pid, what);
+		look(pair[1], pump_options.userns, pump_options.device.connection, id, pid, what);
 	close(pair[1]);
 	if (search->pid < 0) {
 		search->pid = 0;

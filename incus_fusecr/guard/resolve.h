@@ -38,7 +38,7 @@ void resolve_tick(void);
 void resolve_end(void);
 void resolve_reap(void);		/* of children that have ended, but the sidecar */
 
-/* look.c: the child. Writes records to @out and exits. */
-_Noreturn void look(int out, unsigned int connection, uint64_t id, uint32_t pid, enum look look);
+/* look.c: the child. Writes records to @out and exits. @userns: a descriptor of the mount's user namespace, -1: our own. */
+_Noreturn void look(int out, int userns, unsigned int connection, uint64_t id, uint32_t pid, enum look look);
 
 #endif /* FUSECR_GUARD_RESOLVE_H */

@@ -29,6 +29,7 @@ AT_RECURSIVE = 0x8000
 
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MOVE_MOUNT_SET_GROUP = 0x100  # since Linux 5.15: not moved, it joins the peer group
 MOVE_MOUNT_BENEATH = 0x200  # since Linux 6.5
 
 FSPICK_CLOEXEC = 0x1

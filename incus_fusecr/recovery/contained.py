@@ -8,7 +8,6 @@ all ends with the container, at once: a task that waits for an answer keeps the 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -20,15 +19,17 @@ from ..errors import Refused
 from ..linux.fd import Fd
 from ..linux.pidfd import send_signal
 from ..linux.zygote import JobError
-from . import facts, fresh, hostmount, inside
+from . import cover, facts, fresh, hostmount, inside
 from .config import Daemon
 from .context import Context
 from .fresh import StartError
 from .hostmount import State
 from .link import Link, Process, hold
+from .locked import zygote_locker
+from .opener import zygote_opener
 from .recipe import Recipe
 from .seek import Container
-from .swap import Host, Report
+from .swap import Host, Report, Swapper
 from .trees import Fresh
 from .unit import Unit
 
@@ -48,7 +49,10 @@ class Contained(Unit):
         super().__init__(context, key, config, mountpoint)
         self.container, self.over, self.instance = container, False, container.name
         self.init = Process.find(*container.identity)
+        opener = zygote_opener(context.zygote, facts_path=self.facts)
+        self._swapper = Swapper(opener, zygote_locker(context.zygote), self._record)
         self._opened: list[Fd] = []
+        self._peer: tuple[int, Fd] | None = None  # a mount that has left its peer group, and who keeps its place
 
     @property
     def facts(self) -> str:
@@ -83,17 +87,35 @@ class Contained(Unit):
         except JobError as error:
             self.problem = str(error)
             self.wake(time.monotonic() + AGAIN)
+        except OSError:
+            if not self.container.ending():
+                raise
+            self.end()
         finally:
             self._close_opened()
+
+    def resume(self) -> None:
+        super().resume()
+        kept = self.context.keeping.get(f"peer-{self.key}")
+        if kept is not None and kept[1]:
+            self._peer = int(kept[0]["connection"]), kept[1][0]
+
+    def put_all(self) -> None:
+        super().put_all()
+        if self._peer is not None:
+            self.context.keeping.put(f"peer-{self.key}", {"connection": self._peer[0]}, [self._peer[1]])
 
     def _settle(self) -> None:
         top = self._look()
         if top.state is State.OTHER and self._adopt_unknown(top):
             top = self._look()
+        if self._peer is not None:  # an agent before us died at the start of a daemon
+            self._uncover_fresh(top)
+            top = self._look()
         current = self.link(self.current)
         if current is not None and not current.alive():
             self.wake(time.monotonic() + MOURNING)
-            if top.state is State.PRESENT:
+            if top.device is not None and top.device[1] in self.links:
                 self._recover()
         for link in list(self.links.values()):
             self.guard(link)
@@ -150,17 +172,58 @@ class Contained(Unit):
     def start(self, wanted: Recipe | None) -> Link:
         if wanted is None or not wanted.facts:
             raise StartError("no daemon was seen yet that it could be a copy of")
+        zygote, keeping = self.context.zygote, self.context.keeping
+        top = self._look()
         try:
-            number = inside.start(self.context.zygote, wanted.facts)
+            if top.device is not None and (peer := cover.peer(zygote, self._namespace(), self.mountpoint, top.device[1])):
+                self._peer = top.device[1], peer
+                keeping.put(f"peer-{self.key}", {"connection": top.device[1]}, [peer])
+                cover.part(zygote, self._namespace(), self.mountpoint, top.device[1])
+            number = inside.start(zygote, wanted.facts)
+            daemon, fds = hold(self.servers()[number], number)
+            link = Link(number, self.key, daemon, wanted, False, fds)
+            self.add(link)
         except JobError as error:
             raise StartError(str(error)) from None
-        try:
-            daemon, fds = hold(self.servers()[number], number)
         except (OSError, KeyError) as error:
             raise StartError(f"it ended at once ({error})") from None
-        link = Link(number, self.key, daemon, wanted, False, fds)
-        self.add(link)
+        finally:
+            self._uncover_fresh(self._look())
         return link
+
+    def _uncover_fresh(self, top: hostmount.HostMount) -> None:
+        """What a fresh daemon has mounted on the dead one's mount is taken off, and kept until the swap."""
+        zygote, number = self.context.zygote, top.device[1] if top.device else 0
+        link = self.links.get(number)
+        below = hostmount.buried(self.mountpoint, self.container.init)
+        if number and any(device[1] in self.links for device in below):
+            if link is not None and link.tree is None and link.alive():
+                link.tree, link.tree_in = cover.uncover(zygote, self._namespace(), self.mountpoint, number), "inside"
+                self.context.keeping.put_tree(link)
+            elif link is None and number not in self.servers():
+                cover.uncover(zygote, self._namespace(), self.mountpoint, number).close()  # of one that died at its start
+            top = self._look()
+        if self._peer is None:
+            return
+        old, copy = self._peer
+        try:
+            if top.device is not None and top.device[1] == old:
+                cover.join(zygote, self._namespace(), self.mountpoint, old, copy)
+        finally:
+            self._peer = None
+            copy.close()
+            self.context.keeping.drop(f"peer-{self.key}")
+
+    def _namespace(self) -> Fd:
+        """The container's mount namespace, until this turn is over: it keeps all that is mounted there in use."""
+        if not self._opened:
+            path = f"/proc/{self.container.init}/ns/mnt"
+            namespace = Fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "the container's mount namespace")
+            if self.container.ending():  # it might be another's
+                namespace.close()
+                raise JobError(f"container {self.container.name} ends")
+            self._opened.append(namespace)
+        return self._opened[0]
 
     def _prepare(self) -> None:
         """No spare: it would have to be mounted."""
@@ -172,16 +235,13 @@ class Contained(Unit):
         current = self.link(self.current)
         if current is None:
             return None
-        path = f"/proc/{self.container.init}/ns/mnt"
-        namespace = Fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "the container's mount namespace")
-        self._opened.append(namespace)
-        if self.container.ending():  # it might be another's
-            return None
-        number, tree = fresh.clone_host_mount(self.context.zygote, namespace, self.mountpoint)
-        self._opened.append(tree)
-        if number != current.number:
-            self.wake(time.monotonic() + MOURNING)
-            return None
+        namespace, tree = self._namespace(), current.tree
+        if tree is None:
+            number, tree = fresh.clone_host_mount(self.context.zygote, namespace, self.mountpoint)
+            self._opened.append(tree)
+            if number != current.number:
+                self.wake(time.monotonic() + MOURNING)
+                return None
         self.host = Host(namespace, self.mountpoint)
         return Fresh(tree, namespace, current.device)
 
@@ -193,7 +253,12 @@ class Contained(Unit):
     def swap(self, made: Fresh) -> Report:
         if not self.olds():
             return Report(finished=True)
-        return super().swap(made)
+        report = super().swap(made)
+        current = self.link(self.current)
+        if report.finished and not report.errors and current is not None and current.tree is not None:
+            current.drop_tree()  # it is mounted: who unmounts it is to find that it is gone
+            self.context.keeping.put_tree(current)
+        return report
 
     # -- the end
 
@@ -203,7 +268,23 @@ class Contained(Unit):
             if link.guard is not None and link.guard.process.pidfd is not None:
                 send_signal(link.guard.process.pidfd, signal.SIGKILL)
             self.remove(link)  # the last descriptor of a connection whose daemon is dead ends it
+        if self._peer is not None:
+            self._peer[1].close()
+            self._peer = None
+            self.context.keeping.drop(f"peer-{self.key}")
         self.over = True
+
+    def outside(self) -> tuple[str, str, str] | None:
+        """What a sidecar serves, why, and what to do about it; None if none does."""
+        dead = next((link for link in list(self.links.values()) if not link.alive() and not link.gone()), None)
+        if dead is None:
+            return None
+        told = self.context.guards.status(dead)
+        return (
+            f"{self.mountpoint} in {self.container.name}",
+            f"its daemon died, and what was open then ({told.get('handles', 'some')} files) is served by a process from outside",
+            "end the processes that have it open since then (lsof), or restart the container",
+        )
 
     def release(self) -> None:
         """Before the container is dumped: it is to be as if we had never been there.
@@ -215,18 +296,12 @@ class Contained(Unit):
             if link.gone() or (link.alive() and self.context.guards.stop(link)):
                 self.remove(link)
         if self.links:
-            number = next(iter(self.links))
-            what = self.context.guards.status(self.links[number])
-            raise Refused(
-                f"{self.mountpoint} in {self.container.name}",
-                f"its daemon died, and {what.get('handles', 'some')} files that were open then are served from outside",
-                "end the processes that have them open (lsof), or restart the container",
-            )
+            refused = self.outside() or (f"{self.mountpoint} in {self.container.name}", "its guard does not end", "try again")
+            raise Refused(*refused)
         self.over = True
 
     def dismiss(self) -> None:
         """Forget it; nothing of it is left anywhere."""
         self.context.keeping.drop(f"unit-{self.key}")
         self.init.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self.facts)
+        fresh.tidy(os.path.basename(self.facts), f"sidecar-{self.key}.log")

@@ -39,6 +39,7 @@ class Aside:
         self._inits: Counter[int] = Counter()
         self.release: Callable[[int], None] = lambda _init: None
         self.changed: Callable[[], None] = lambda: None
+        self.outside: Callable[[int], list[tuple[str, str, str]]] = lambda _init: []
 
     def leave(self, init: int) -> Callable[[], None]:
         """Let go of all daemons of the container with init ``init``. :returns: what takes them up again
@@ -83,6 +84,7 @@ class ContainerSupervisor(Supervisor):
         self._unfit: set[tuple[int, int]] = set()
         self._aside.release = self._release_soon
         self._aside.changed = self._look_again
+        self._aside.outside = self._outside
 
     def _look_again(self) -> None:
         self._look_at = 0.0
@@ -149,6 +151,7 @@ class ContainerSupervisor(Supervisor):
                     self._unfit.add((found.pid, number))
                     continue
                 self._take(found)
+                held.add(number)
                 count[container.name] += 1
                 taken.add(place)
 
@@ -173,15 +176,27 @@ class ContainerSupervisor(Supervisor):
 
     def _release_soon(self, init: int) -> None:
         """From any thread. Who has nothing there does not wait for what this thread may be doing in another container."""
-        if any(isinstance(unit, Contained) and unit.container.init == init for unit in list(self.units.values())):
+        if self._units_of(init):
             self.call(partial(self._release, init), RELEASE_SECONDS)
+
+    def _units_of(self, init: int) -> list[Contained]:
+        return [unit for unit in list(self.units.values()) if isinstance(unit, Contained) and unit.container.init == init]
+
+    def _outside(self, init: int) -> list[tuple[str, str, str]]:
+        """From any thread."""
+        if not self._units_of(init):
+            return []
+        try:
+            told = self.call(lambda: [unit.outside() for unit in self._units_of(init)], RELEASE_SECONDS)
+        except TimeoutError as error:
+            raise FusecrError(f"daemons in the container of pid {init}", str(error), "try again") from None
+        return [words for words in told if words is not None]
 
     def _release(self, init: int) -> None:
         """See :class:`Aside`. :raises Refused: somebody is served from outside"""
-        for unit in list(self.units.values()):
-            if isinstance(unit, Contained) and unit.container.init == init:
-                unit.release()
-                self._dismiss(unit)
+        for unit in self._units_of(init):
+            unit.release()
+            self._dismiss(unit)
 
     def upgrade(self, name: str, exe: str, watch: float = 0.0) -> dict[str, Any]:
         raise UsageError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -111,6 +112,19 @@ def load(path: str) -> Facts:
     pid, start = raw["init"]
     place = str(raw["instance"]), (int(pid), int(start)), str(raw["mountpoint"])
     return Facts(Daemon(**daemon), *place, int(raw["connection"]), bool(raw["covers"]))
+
+
+def userns(path: str) -> Fd:
+    """The user namespace of the container of these facts.
+
+    :raises OSError: it has ended
+    """
+    try:
+        found = load(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(errno.EINVAL, f"no facts of ours: {error!r}", path) from None
+    with Fd(found.open_init(), "init"):
+        return Fd(os.open(f"/proc/{found.init[0]}/ns/user", os.O_RDONLY | os.O_CLOEXEC), "user namespace")
 
 
 def read(pid: int, instance: str, init: tuple[int, int], mountpoint: str, connection: int) -> Facts:

@@ -10,11 +10,13 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 from ..fuse.initprobe import kernel_init_request
 from ..fuse.wire import IN_HEADER
 from ..guard import client as guard_client
 from ..linux.fd import Fd
+from . import facts
 from .config import Daemon
 from .events import EventLog
 from .fresh import MAX_LOG, RUN
@@ -107,12 +109,13 @@ class Guards:
             log=f"{RUN}/sidecar-{link.unit}.log",
             roots=self._write_roots(link),
         )
-        sidecar = link.recipe.sidecar(f"{RUN}/sidecar-{link.number}.pid")
+        sidecar = link.recipe.sidecar(f"{RUN}/sidecar-{link.number}.pid", link.number)
         pidfd = link.daemon.pidfd.fileno() if link.daemon.pidfd is not None else -1
-        with self._log(f"{RUN}/guards.log") as output:
+        with self._log(f"{RUN}/guards.log") as output, ExitStack() as opened:
+            userns = opened.enter_context(facts.userns(link.recipe.facts)).fileno() if link.recipe.facts else -1
             child = guard_client.spawn(
                 link.number, [fd.fileno() for fd in link.fuse], pidfd, sidecar_init(), control, sidecar, options,
-                program=self._program, log=output.fileno(),
+                program=self._program, log=output.fileno(), userns=userns,
             )
         return Guard(Process.of(child.pid), control, child)
 

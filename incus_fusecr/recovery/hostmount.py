@@ -57,10 +57,10 @@ _last: tuple[bytes, View] = (b"", View(()))
 def seen(pid: int | str) -> View:
     """The mounts of a process. Parsed only if they have changed: hundreds of daemons look, one after another."""
     global _last
-    raw = raw_mountinfo(pid)
-    if raw != _last[0]:
-        _last = raw, View(parse_mountinfo(raw))
-    return _last[1]
+    raw, last = raw_mountinfo(pid), _last  # another thread may be here, too
+    if raw != last[0]:
+        _last = last = raw, View(parse_mountinfo(raw))
+    return last[1]
 
 
 def _topmost(view: View, mountpoint: str) -> Mount | None:

@@ -69,10 +69,13 @@ class Recipe:
         words = [mountpoint if word == MOUNT_WORD else word for word in self.argv]
         return with_pidfile(words, pidfile) if self.is_lxcfs else words
 
-    def sidecar(self, pidfile: str) -> list[str]:
-        """A command for the guard, which runs it with its own environment and ids."""
+    def sidecar(self, pidfile: str, connection: int = 0) -> list[str]:
+        """A command for the guard, which runs it with its own environment and ids.
+
+        :param connection: that it is to serve
+        """
         if self.facts:
-            return [sys.executable, *INSIDE, _PARENT, self.facts, "@FD@"]
+            return [sys.executable, *INSIDE, _PARENT, self.facts, str(connection), "@FD@"]
         words = [self.exe, *self.command(SIDECAR_MOUNT, pidfile)[1:]]
         if self.uid or self.gid or self.groups:
             groups = ["--groups", ",".join(map(str, self.groups))] if self.groups else ["--clear-groups"]
@@ -85,8 +88,8 @@ def of_sidecar(words: Sequence[str]) -> Recipe:
 
     :raises ValueError: it is no such command
     """
-    if list(words[1 : len(INSIDE) + 1]) == INSIDE and len(words) == len(INSIDE) + 4:
-        return Recipe("", (), facts=words[-2])
+    if list(words[1 : len(INSIDE) + 1]) == INSIDE and len(words) == len(INSIDE) + 5:
+        return Recipe("", (), facts=words[-3])
     if list(words[:2]) != ["/usr/bin/env", "-C"] or words[3:4] != ["-i"]:
         raise ValueError(f"no command of ours: {words[:4]}")
     end = next((i for i in range(4, len(words)) if "=" not in words[i]), len(words))

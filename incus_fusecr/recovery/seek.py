@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint import scan
@@ -90,26 +90,35 @@ def name_of(cgroups: str) -> str | None:
 
 
 def daemons(container: Container, config: Config) -> Iterator[Found]:
-    """Those in a container: each whole file system that is the topmost at its place."""
+    """Those in a container: each whole file system that is the topmost at its place; one place of each."""
     try:
         view = seen(container.init)
-    except (FileNotFoundError, ProcessLookupError):
-        return
-    tops = [m for m in view.by_id.values() if m.is_fuse and not m.major and m.root == "/" and view.over(m) is None]
-    if not tops:
-        return
-    serving = container.servers()
-    for mount in tops:
-        pid = serving.get(mount.minor)
+    except OSError:
+        return  # it ends
+    places: dict[int, list[Mount]] = {}
+    for mount in view.by_id.values():
+        if mount.is_fuse and not mount.major and mount.root == "/" and view.over(mount) is None:
+            places.setdefault(mount.minor, []).append(mount)
+    serving = container.servers() if places else {}
+    for number, mounts in places.items():
+        pid = serving.get(number)
         if pid is None:
             continue
         try:
             exe = os.readlink(f"/proc/{pid}/exe")
+            words = proc.read_text(f"/proc/{pid}/cmdline").split("\0")
         except OSError:
             continue
+        mount = its_own(mounts, words)
         wanted = config.find(exe=exe, fstype=mount.fstype, mountpoint=mount.mountpoint, instance=container.name)
         if wanted is not None:
             yield Found(container, wanted, pid, mount)
+
+
+def its_own(mounts: Sequence[Mount], argv: Sequence[str]) -> Mount:
+    """Where a daemon has mounted: at a place that its command line names. The others are bind mounts."""
+    named = {os.path.normpath(word) for word in argv[1:] if word.startswith("/")}
+    return min(mounts, key=lambda mount: (mount.mountpoint not in named, mount.id))
 
 
 def connections() -> frozenset[str]:

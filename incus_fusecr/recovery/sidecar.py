@@ -19,7 +19,6 @@ from ..fuse.probe_facts import Daemon, printable
 from ..fuse.probe_helper import Attempt
 from ..linux.libc import PR_SET_DUMPABLE, prctl
 from . import facts
-from .inside import mounted
 
 OUTPUT = 64 << 10  # bytes of the daemon's output that are passed on
 NOT_ASKED = InitRequest(raw=b"", unique=0, major=0, minor=0, max_readahead=0, flags=0)
@@ -58,12 +57,12 @@ class Sidecar(Attempt):
         return not self.mounted and self._grace is not None and time.monotonic() > self._grace
 
 
-def run(path: str, device: int) -> str:
+def run(path: str, connection: int, device: int) -> str:
     """Start it, in each directory that it may have been started in, until one serves. :returns: why it ended"""
     found = facts.load(path)
     init = found.open_init()
-    # Its mount, and what others have put there since: the copy is to see what the daemon saw when it started.
-    daemon = dataclasses.replace(found.there(), connections=frozenset((found.connection, *mounted(found))))
+    # Its mount, and what is there by now, its successor's above all: the copy is to see what the daemon saw when it started.
+    daemon = dataclasses.replace(found.there(), mountpoint=found.mountpoint, connections=frozenset((connection,)))
     starts = [(directory, False) for directory in daemon.directories]
     why = ""
     while starts:
@@ -82,12 +81,12 @@ def run(path: str, device: int) -> str:
 
 
 def main() -> None:
-    """``PARENT FACTS FD``: entry point of the process that the guard starts."""
+    """``PARENT FACTS CONNECTION FD``: entry point of the process that the guard starts."""
     prctl(PR_SET_DUMPABLE, 0)
-    path, device = sys.argv[2], int(sys.argv[3])
+    path, connection, device = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     os.set_inheritable(device, False)
     try:
-        why = run(path, device)
+        why = run(path, connection, device)
     except (FusecrError, OSError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
     os.write(2, (printable(why.encode(errors="replace"), 400) + "\n").encode())

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -82,10 +82,17 @@ def debian(containers_gone: list[Container]) -> Callable[..., Container]:
 
 @pytest.fixture(scope="session")
 def small(containers_gone: list[Container], static: Callable[[str], Path]) -> Callable[..., Container]:
-    """``small(name, *options, fuse=True, project="default", privileged=False)``: busybox, libfuse's passthrough_fh on /mnt/fh, five
-    clients in C. With ``fuse=False`` they work on the root file system."""
+    """``small(name, *options, fuse=True, project="default", privileged=False, modes=CLIENTS)``: busybox, libfuse's passthrough_fh
+    on /mnt/fh, clients in C. With ``fuse=False`` they work on the root file system."""
 
-    def make(name: str, *options: str, fuse: bool = True, project: str = "default", privileged: bool = False) -> Container:
+    def make(
+        name: str,
+        *options: str,
+        fuse: bool = True,
+        project: str = "default",
+        privileged: bool = False,
+        modes: Sequence[str] = CLIENTS,
+    ) -> Container:
         container = Container("h1", name, project)
         containers_gone.append(container)
         container.create("busybox", *options, privileged=privileged)
@@ -97,7 +104,7 @@ def small(containers_gone: list[Container], static: Callable[[str], Path]) -> Ca
                 "</dev/null >/root/daemon.log 2>&1 & "
                 "i=0; until grep -q ' /mnt/fh fuse' /proc/mounts; do i=$((i+1)); [ $i -gt 100 ] && exit 9; sleep 0.1; done"
             )
-        for mode in CLIENTS:
+        for mode in modes:
             container.client(mode, "/mnt/fh", program=f"{PLACE}/fsclient")
         return container
 
