@@ -112,8 +112,15 @@ class Contained(Unit):
         if self._peer is not None:  # an agent before us died at the start of a daemon
             self._uncover_fresh(top)
             top = self._look()
+        if self.current is None and top.device is not None and (link := self.links.get(top.device[1])):
+            self.current = link.number  # holder and agent have died together
+            self.context.keeping.put_role("current", self.key, link)
         current = self.link(self.current)
-        if current is not None and not current.alive():
+        if self.recipe is None and current is not None:
+            self.recipe = current.recipe
+        if current is not None and current.alive():
+            self.problem = ""
+        elif current is not None:
             self.wake(time.monotonic() + MOURNING)
             if top.device is not None and top.device[1] in self.links:
                 self._recover()

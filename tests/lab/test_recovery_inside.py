@@ -101,7 +101,7 @@ def test_kills_under_all_clients(
         container.push([static(kind)])
     container.daemon(kind, f"/mnt/{kind}")
     (unit,) = protected(container)
-    container.sh(f"mkdir -p /mnt/bound; mount --bind /mnt/{kind} /mnt/bound")
+    container.sh(f"mkdir -p /mnt/bound /mnt/{kind}/below; mount --bind /mnt/{kind}/below /mnt/bound")
     for mode in (*MODES, "mapper"):
         container.client(mode, f"/mnt/{kind}")
     container.client("reader", "/mnt/bound")
@@ -128,7 +128,7 @@ def test_the_container_s_own_restarts(debian: Callable[..., Container]) -> None:
     """Its root kills the daemon and starts another at once, as a service manager would, or unmounts before."""
     container = debian("ri-again")
     container.daemon("bindfs", "/mnt/b")
-    container.sh("mkdir -p /mnt/bound; mount --bind /mnt/b /mnt/bound; echo x >/mnt/b/file")
+    container.sh("mkdir -p /mnt/bound /mnt/b/below; mount --bind /mnt/b/below /mnt/bound")
     for place in ("/mnt/b", "/mnt/bound"):
         container.client("reader", place)
     protected(container)
