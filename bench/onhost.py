@@ -269,21 +269,17 @@ def memory(pid: int) -> tuple[int, int]:
 
 
 def many(options: dict[str, Any]) -> dict[str, Any]:
-    """``count`` small daemons of ``program`` are started and protected; returns when all are."""
-    place = "/run/bench"
-    os.makedirs(f"{place}/data", exist_ok=True)
-    started = time.monotonic()
-    for number in range(options["count"]):
-        where = f"{place}/{number}"
-        os.makedirs(where, exist_ok=True)
-        words = [options["program"], "-f", "-o", f"modules=subdir,subdir={place}/data", where]
-        subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+    """So many small daemons of ``program`` in each of ``containers`` are started and protected; returns when all are."""
+    started, count = time.monotonic(), sum(options["containers"].values())
+    for name, number in options["containers"].items():
+        daemon = f"{options['program']} -f -o modules=subdir,subdir=/srv,allow_other /mnt/$i"
+        script = f"mkdir -p /srv; i=0; while [ $i -lt {number} ]; do mkdir -p /mnt/$i; setsid {daemon} & i=$((i+1)); done"
+        command = ["incus", "exec", "-T", name, "--", "sh", "-c", f"({script}) </dev/null >/dev/null 2>&1"]
+        subprocess.run(command, timeout=120, check=True, stdin=subprocess.DEVNULL)
 
     def protected() -> list[dict[str, Any]]:
         found = [u for u in units() if u["name"].startswith("small") and u["state"] == "protected"]
-        return found if len(found) == options["count"] else []
+        return found if len(found) == count else []
 
     found = wait_for("all are protected", protected, 300)
     mounted = time.monotonic() - started
@@ -293,36 +289,14 @@ def many(options: dict[str, Any]) -> dict[str, Any]:
         "one that was killed is back",
         lambda: next((u for u in protected() if u["name"] == dead["name"] and u["pid"] != dead["pid"]), None),
     )
+    wait_for("its old connection ends", lambda: all(len(u["connections"]) == 1 for u in protected() if u["name"] == dead["name"]))
     return {"count": len(found), "seconds": round(mounted, 1)}
 
 
 def end_many(options: dict[str, Any]) -> dict[str, Any]:
-    """Give them back, unmount them, and wait until nothing is left of them."""
-    small = [unit for unit in units() if unit["name"].startswith("small")]
-    for unit in small:
-        ask({"op": "unprotect", "name": unit["name"]})
-    for number in range(options["count"]):
-        subprocess.run(["umount", "-l", f"/run/bench/{number}"], timeout=30, check=False, capture_output=True)
-    wait_for(
-        "the small daemons end",
-        lambda: (
-            subprocess.run(
-                ["pgrep", "-x", os.path.basename(options["program"])], timeout=30, check=False, capture_output=True
-            ).returncode
-            == 1
-        ),
-    )
+    """End them with their containers."""
+    for name in options["containers"]:
+        subprocess.run(["incus", "delete", "-f", name], timeout=120, check=False, capture_output=True, stdin=subprocess.DEVNULL)
+    wait_for("their units end", lambda: not [unit for unit in units() if unit["name"].startswith("small")])
     return {}
 
-
-if __name__ == "__main__":
-    parts = {
-        "crash": crash,
-        "upgrade": upgrade,
-        "reads": reads,
-        "idle": idle,
-        "many": many,
-        "end_many": end_many,
-        "ready": lambda _: ready(),
-    }
-    print(json.dumps(parts[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -35,8 +35,9 @@ backoff = 10ms
 backoff-max = 100ms
 [daemon small]
 exe = {SMALL}
-standby = cold
+where = containers
 """
+EACH = 40  # daemons of a container
 READ_SECONDS = 2.0
 
 
@@ -139,18 +140,21 @@ class Bench:
         return self.part("idle", 180, seconds=self.options.seconds)
 
     def many(self) -> dict[str, Any]:
-        """Daemons of the host: those in containers are not protected yet."""
-        program = f"/usr/local/bin/{SMALL}"
-        script = (
-            f"[ -x {program} ] || gcc -O2 -D_GNU_SOURCE -DHAVE_UTIMENSAT -DHAVE_SETXATTR -o {program} "
-            f"/usr/share/doc/libfuse3-dev/examples/{SMALL}.c $(pkg-config --cflags --libs fuse3) -lrt"
-        )
-        self.sh(script)
-        made = self.part("many", 400, program=program, count=self.options.connections)
+        """Small daemons in containers of their own."""
+        with tempfile.TemporaryDirectory() as directory:
+            program = Path(directory) / SMALL
+            command = [sys.executable, str(REPO / "tests" / "workload" / "daemons.py"), "build", SMALL, str(program)]
+            subprocess.run(command, check=True, timeout=120)
+            self.sh(f"cat >/root/{SMALL}; chmod 755 /root/{SMALL}", stdin=program.read_bytes())
+        wanted = self.options.connections
+        counts = {f"m{first // EACH}": min(EACH, wanted - first) for first in range(0, wanted, EACH)}
+        for name in counts:
+            self.sh(f"incus launch -q busybox {name} </dev/null; incus file push -q /root/{SMALL} {name}/root/{SMALL}")
         try:
+            made = self.part("many", 600, program=f"/root/{SMALL}", containers=counts)
             found = self.part("idle", 180, seconds=self.options.seconds)
         finally:
-            self.part("end_many", 300, count=self.options.connections, program=program)
+            self.part("end_many", 300, containers=list(counts))
         return {**made, **found, "settled_seconds": made["seconds"]}
 
 

@@ -25,6 +25,7 @@ def _old(row: Row) -> int:
 
 COLUMNS: list[Column[Row]] = [
     Column("n", "NAME", lambda row: row["name"]),
+    Column("i", "INSTANCE", _or_dash("instance"), default=False),
     Column("s", "STATE", lambda row: row["state"]),
     Column("p", "PID", _or_dash("pid"), right=True),
     Column("c", "CONNECTION", _or_dash("connection"), right=True),
@@ -37,12 +38,12 @@ COLUMNS: list[Column[Row]] = [
 ]
 
 
-@click.command("status", short_help="Show the daemons of this host that are protected.")
+@click.command("status", short_help="Show the daemons that are protected.")
 @click.option("-c", "--columns", default="", metavar="LETTERS", help=columns_help(COLUMNS))
 @format_option
 @common
 def command(app: App, columns: str, form: Format) -> int:
-    """Show the daemons of this host that are protected against their own death and upgrade.
+    """Show the daemons of this host, and of its containers, that are protected against their own death and upgrade.
 
     SPARE is the pid of the daemon that takes over at once; OLD counts connections of former daemons that somebody still has
     files open on. As JSON or YAML each connection is shown, with its guard.

@@ -52,6 +52,7 @@ CLOSE_RANGE_CLOEXEC = 4
 UMOUNT_NOFOLLOW = 8
 DETACH_ROUNDS = 8
 KILL_AFTER = 1.0  # seconds
+STAY_SECONDS = 15  # at most until the exec of a copy that stays
 MAX_MESSAGE = 8192  # bytes
 NULL_DEVICE = os.makedev(1, 3)
 
@@ -265,6 +266,8 @@ class Launch:
             os.close(telling)
             os.read(told, 1)  # so it is not reaped before somebody can tell that it ended
             os.close(told)
+            # Nobody waits for it any more should a file system of the container's hold it up before it is the daemon.
+            signal.alarm(STAY_SECONDS)
             self._guarded(self._copy)
         self.tell((os.pidfd_open(pid),), pidfd="copy")
 
@@ -327,6 +330,7 @@ class Launch:
         argv, envp = _vector(daemon.argv), _vector(daemon.environ)
         self._place_fds()
         self._set_limits()
+        signal.alarm(0)
         self._filter()
         if exe is not None:
             libc.execve(exe, argv, envp)

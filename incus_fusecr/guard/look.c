@@ -18,7 +18,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "control.h"
+#include "mounts.h"
 #include "resolve.h"
 #include "table.h"
 
@@ -36,21 +36,11 @@ struct how {
 	uint64_t flags, mode, resolve;
 };
 
-/* A mount of the connection in the mount namespace that was read last. */
-struct mount {
-	struct mount *next;
-	uint64_t id;
-	char *root, *point;
-};
-
 static int out;
 static unsigned int connection;
 static uint64_t wanted;
 static enum look what;
 static bool found;
-static struct mount *mounts;
-static struct table safe_mounts;	/* ids of mounts of procfs and sysfs in the same namespace */
-static uint64_t mounts_namespace;
 static struct table roots_seen;
 
 static void report(const struct seen *seen, const char *path)
@@ -109,132 +99,6 @@ static bool identify(int dir, const char *path, int flags, struct seen *seen)
 	return true;
 }
 
-/* -- mounts */
-
-static bool cut(char *text, const char *end)
-{
-	size_t length = strlen(text), less = strlen(end);
-
-	if (length <= less || strcmp(text + length - less, end) != 0)
-		return false;
-	text[length - less] = '\0';
-	return true;
-}
-
-static void unescape(char *text)
-{
-	char *to = text;
-
-	for (; *text; text++) {
-		if (text[0] == '\\' && text[1] >= '0' && text[1] <= '3' && text[2] && text[3]) {
-			*to++ = (text[1] - '0') * 64 + (text[2] - '0') * 8 + (text[3] - '0');
-			text += 3;
-		} else {
-			*to++ = *text;
-		}
-	}
-	*to = '\0';
-}
-
-/* ID PARENT MAJOR:MINOR ROOT POINT ... - TYPE SOURCE OPTIONS */
-static void take_mount(char *line)
-{
-	struct mount *mount;
-	char *words[5], *rest = line;
-	unsigned int minor, i;
-
-	for (i = 0; i < 5; i++) {
-		words[i] = strsep(&rest, " ");
-		if (!words[i])
-			return;
-	}
-	if (rest && (strstr(rest, " - proc ") || strstr(rest, " - sysfs "))) {
-		table_add(&safe_mounts, must_alloc(sizeof(struct link)), strtoull(words[0], NULL, 10));
-		return;
-	}
-	if (strncmp(words[2], "0:", 2) != 0 || sscanf(words[2] + 2, "%u", &minor) != 1 || minor != connection)
-		return;
-	mount = must_alloc(sizeof(*mount));
-	mount->id = strtoull(words[0], NULL, 10);
-	mount->root = strdup(words[3]);
-	mount->point = strdup(words[4]);
-	unescape(mount->root);
-	cut(mount->root, "//deleted");	/* its name was looked up anew; the mount is as good as before */
-	unescape(mount->point);
-	mount->next = mounts;
-	mounts = mount;
-}
-
-static uint64_t namespace_of(const char *pid)
-{
-	char path[64];
-	struct stat stat_buf;
-
-	snprintf(path, sizeof(path), "/proc/%s/ns/mnt", pid);
-	return stat(path, &stat_buf) ? 0 : stat_buf.st_ino;
-}
-
-static void read_mounts(const char *pid)
-{
-	uint64_t namespace = namespace_of(pid);
-	char path[64], *line = NULL;
-	size_t size = 0;
-	FILE *file;
-
-	if (namespace && namespace == mounts_namespace)
-		return;
-	mounts_namespace = namespace;
-	mounts = NULL;
-	memset(&safe_mounts, 0, sizeof(safe_mounts));
-	snprintf(path, sizeof(path), "/proc/%s/mountinfo", pid);
-	file = fopen(path, "re");
-	if (!file)
-		return;
-	while (getline(&line, &size, file) > 0)
-		take_mount(line);
-	fclose(file);
-}
-
-/* @path without the directory @point in front, or NULL. */
-static const char *below(const char *path, const char *point)
-{
-	size_t length = strlen(point);
-
-	if (length == 1 && *point == '/')
-		return path;
-	if (strncmp(path, point, length) != 0 || (path[length] && path[length] != '/'))
-		return NULL;
-	return path + length;
-}
-
-/*
- * From a link in /proc, which begins at the root of the process's mount namespace, to a path from the root of the file
- * system. The points in mountinfo begin at the root of the process.
- */
-static bool in_filesystem(const char *pid, uint64_t mount_id, const char *link, char *path, size_t size)
-{
-	char root_link[64], root[PATH_MAX], point[2 * PATH_MAX];
-	const char *told = detached_root(mount_id), *rest = NULL;
-	struct mount *mount;
-	ssize_t length;
-
-	read_mounts(pid);
-	for (mount = mounts; mount && mount->id != mount_id; mount = mount->next)
-		;
-	if (!mount)
-		return told && snprintf(path, size, "%s%s", told, *told && !link[1] ? "" : link) < (int)size;
-	snprintf(root_link, sizeof(root_link), "/proc/%s/root", pid);
-	length = readlink(root_link, root, sizeof(root) - 1);
-	if (length > 1) {
-		root[length] = '\0';
-		snprintf(point, sizeof(point), "%s%s", root, mount->point);
-		rest = below(link, point);
-	}
-	if (!rest)
-		rest = below(link, mount->point);
-	return rest && snprintf(path, size, "%s%s", mount->root, rest) < (int)size;
-}
-
 /* -- processes */
 
 static uint32_t flags_of(const char *pid, const char *fd)
@@ -268,8 +132,8 @@ static void look_at(const char *pid, const char *name, const char *fd)
 	length = readlink(path, link, sizeof(link) - 1);
 	if (length > 0) {
 		link[length] = '\0';
-		seen.deleted = cut(link, " (deleted)");
-		seen.has_path = link[0] == '/' && in_filesystem(pid, mount, link, result, sizeof(result));
+		seen.deleted = mounts_cut(link, " (deleted)");
+		seen.has_path = link[0] == '/' && mounts_path(pid, mount, link, result, sizeof(result));
 	}
 	report(&seen, seen.has_path ? result : NULL);
 }
@@ -327,7 +191,7 @@ static int open_by_names(int root, const char *point)
 			continue;
 		next = syscall(SYS_openat2, dir, name, &cached, sizeof(cached));
 		if (next < 0 && errno == EAGAIN && !statx(dir, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &stat) &&
-		    table_find(&safe_mounts, stat.stx_mnt_id))
+		    mount_is_safe(stat.stx_mnt_id))
 			next = syscall(SYS_openat2, dir, name, &asking, sizeof(asking));
 		close(dir);
 		dir = next;
@@ -368,19 +232,18 @@ static void look_at_roots(const char *pid)
 {
 	static struct table namespaces;
 	struct link *link;
-	uint64_t namespace = namespace_of(pid);
+	uint64_t namespace = mounts_namespace(pid);
 	char path[64];
-	struct mount *mount;
+	const struct mount *mount;
 	int root;
 
 	if (!namespace || table_find(&namespaces, namespace))
 		return;
-	read_mounts(pid);
 	snprintf(path, sizeof(path), "/proc/%s/root", pid);
 	root = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (root < 0)
 		return;
-	for (mount = mounts; mount; mount = mount->next)
+	for (mount = mounts_read(pid); mount; mount = mount->next)
 		look_at_root(root, mount);
 	close(root);
 	link = must_alloc(sizeof(*link));
@@ -444,7 +307,7 @@ static void look_above(const char *pid, const char *name)
 	length = readlink(link, path, sizeof(path) - 1);
 	if (length > 0 && ours(dir, "", AT_EMPTY_PATH, &seen, &mount)) {
 		path[length] = '\0';
-		if (!in_filesystem(pid, mount, path, result, sizeof(result)))
+		if (!mounts_path(pid, mount, path, result, sizeof(result)))
 			length = 0;
 	} else {
 		length = 0;
@@ -544,6 +407,7 @@ _Noreturn void look(int socket, int userns, unsigned int number, uint64_t id, ui
 		userns = second;
 	out = keep;
 	connection = number;
+	mounts_setup(number);
 	wanted = id;
 	what = kind;
 	if (kind == LOOK_SLEEPERS) {

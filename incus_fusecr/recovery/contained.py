@@ -12,10 +12,11 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ..errors import Refused
+from ..linux import proc
 from ..linux.fd import Fd
 from ..linux.pidfd import send_signal
 from ..linux.zygote import JobError
@@ -27,6 +28,7 @@ from .hostmount import State
 from .link import Link, Process, hold
 from .locked import zygote_locker
 from .opener import zygote_opener
+from .plan import Device
 from .recipe import Recipe
 from .seek import Container
 from .swap import Host, Report, Swapper
@@ -69,6 +71,11 @@ class Contained(Unit):
     def meta(self) -> dict[str, Any]:
         return {**super().meta(), "instance": self.container.name, "init": self.container.identity}
 
+    def event(self, what: str, number: int = 0, level: int = logging.INFO, **data: Any) -> None:
+        """Paths and messages are the container's: an operator's terminal is to get nothing of them that it would obey."""
+        shown = {key: proc.printable(value) if isinstance(value, str) else value for key, value in data.items()}
+        super().event(what, number, level, **shown)
+
     # -- settling
 
     def settle(self) -> None:
@@ -85,7 +92,7 @@ class Contained(Unit):
         try:
             self._settle()
         except JobError as error:
-            self.problem = str(error)
+            self.problem = proc.printable(str(error))
             self.wake(time.monotonic() + AGAIN)
         except OSError:
             if not self.container.ending():
@@ -180,7 +187,7 @@ class Contained(Unit):
         if wanted is None or not wanted.facts:
             raise StartError("no daemon was seen yet that it could be a copy of")
         zygote, keeping = self.context.zygote, self.context.keeping
-        top = self._look()
+        top, before = self._look(), {device[1] for device in self._there()}
         try:
             if top.device is not None and (peer := cover.peer(zygote, self._namespace(), self.mountpoint, top.device[1])):
                 self._peer = top.device[1], peer
@@ -191,23 +198,30 @@ class Contained(Unit):
             link = Link(number, self.key, daemon, wanted, False, fds)
             self.add(link)
         except JobError as error:
-            raise StartError(str(error)) from None
+            raise StartError(proc.printable(str(error).removeprefix("JobError: "))) from None
         except (OSError, KeyError) as error:
             raise StartError(f"it ended at once ({error})") from None
         finally:
-            self._uncover_fresh(self._look())
+            self._uncover_fresh(self._look(), before)
         return link
 
-    def _uncover_fresh(self, top: hostmount.HostMount) -> None:
-        """What a fresh daemon has mounted on the dead one's mount is taken off, and kept until the swap."""
+    def _there(self) -> list[Device]:
+        """FUSE connections that are mounted at the place, whatever is on top."""
+        top = self._look()
+        return [*hostmount.buried(self.mountpoint, self.container.init), *([top.device] if top.device else [])]
+
+    def _uncover_fresh(self, top: hostmount.HostMount, before: Collection[int] | None = None) -> None:
+        """What a fresh daemon has mounted on the dead one's mount is taken off, and kept until the swap.
+
+        :param before: connections that were mounted there before it was started; None: nobody knows
+        """
         zygote, number = self.context.zygote, top.device[1] if top.device else 0
         link = self.links.get(number)
-        below = hostmount.buried(self.mountpoint, self.container.init)
-        if number and any(device[1] in self.links for device in below):
+        if number and any(device[1] in self.links for device in hostmount.buried(self.mountpoint, self.container.init)):
             if link is not None and link.tree is None and link.alive():
                 link.tree, link.tree_in = cover.uncover(zygote, self._namespace(), self.mountpoint, number), "inside"
                 self.context.keeping.put_tree(link)
-            elif link is None and number not in self.servers():
+            elif link is None and before is not None and number not in before and number not in self.servers():
                 cover.uncover(zygote, self._namespace(), self.mountpoint, number).close()  # of one that died at its start
             top = self._look()
         if self._peer is None:
@@ -305,7 +319,7 @@ class Contained(Unit):
         if self.links:
             refused = self.outside() or (f"{self.mountpoint} in {self.container.name}", "its guard does not end", "try again")
             raise Refused(*refused)
-        self.over = True
+        self.over = not self.paused
 
     def dismiss(self) -> None:
         """Forget it; nothing of it is left anywhere."""

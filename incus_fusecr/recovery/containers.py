@@ -7,7 +7,9 @@ the container's mounts cannot be waited for, as an open mountinfo keeps a mount 
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
 import re
 import threading
 import time
@@ -89,6 +91,12 @@ class ContainerSupervisor(Supervisor):
     def _look_again(self) -> None:
         self._look_at = 0.0
         self._wake()
+
+    def _load(self) -> None:
+        super()._load()
+        for path in glob.glob(facts.path_of("*")):  # of an agent that was stopped, and of containers that have ended since
+            if path not in {facts.path_of(key) for key in self.units}:
+                os.unlink(path)
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -196,7 +204,8 @@ class ContainerSupervisor(Supervisor):
         """See :class:`Aside`. :raises Refused: somebody is served from outside"""
         for unit in self._units_of(init):
             unit.release()
-            self._dismiss(unit)
+            if unit.over:
+                self._dismiss(unit)
 
     def upgrade(self, name: str, exe: str, watch: float = 0.0) -> dict[str, Any]:
         raise UsageError(

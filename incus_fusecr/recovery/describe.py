@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..linux import proc
 from .link import Link
 from .unit import Unit
 
@@ -21,11 +22,11 @@ def describe(unit: Unit) -> dict[str, Any]:
     return {
         "name": unit.key,
         "instance": unit.instance,
-        "mountpoint": unit.mountpoint,
+        "mountpoint": proc.printable(unit.mountpoint),
         "state": state,
         "pid": current.daemon.pid if current else 0,
         "connection": unit.current or 0,
-        "exe": unit.recipe.exe if unit.recipe else "",
+        "exe": proc.printable(unit.recipe.exe) if unit.recipe else "",
         "spare": warm.daemon.pid if warm else 0,
         "failures": unit.restarts.failures,
         "problem": unit.problem,

@@ -122,6 +122,14 @@ def test_dropins_come_after_the_file_in_sorted_order(tmp_path: Path) -> None:
         ("[daemon]\nexe = x", "f.conf:1: [daemon]: only sections"),
         ("exe = x", "f.conf:1: exe stands before the first section"),
         ("[daemon x\nexe = x", "f.conf:1: '[daemon x' is no section"),
+        ("[daemon x]\nwhere = inside", "f.conf:2: where: 'inside' is neither host nor containers nor everywhere"),
+        ("[daemon x]\nexe = x\ninstances = a", "f.conf:3: instances: means nothing without where = containers, or everywhere"),
+        ("[daemon x]\ninstances =", "f.conf:2: instances: '' names no instance"),
+        ("[daemon x]\ninstances = a/b c", "f.conf:2: instances: 'a/b' is like no instance's name"),
+        (
+            "[daemon x]\nexe = x\nwhere = containers\n[daemon y]\nexe = x\nwhere = everywhere",
+            "f.conf:4: daemons x and y have the same match",
+        ),
         ("[daemon x]\n\nnonsense", "f.conf:3: 'nonsense' is neither a section nor KEY = VALUE"),
     ],
 )
@@ -164,3 +172,29 @@ def test_the_most_exact_match_wins_and_a_replaced_binary_fits() -> None:
     replaced = found.find(exe="/usr/bin/bindfs (deleted)", fstype="fuse", mountpoint="/x")
     assert replaced and replaced.name == "exe"
     assert not Match().fits(exe="x", fstype="fuse", mountpoint="/")
+
+
+def test_where_a_daemon_is_protected() -> None:
+    found = build(
+        """
+        [daemon sshfs]
+        fstype = fuse.sshfs
+        [daemon web]
+        fstype = fuse.sshfs
+        where = containers
+        instances = web-* proj_db[12]
+        [daemon bindfs]
+        exe = bindfs
+        where = everywhere
+        """
+    )
+
+    def name(fstype: str, exe: str, instance: str = "") -> str:
+        daemon = found.find(exe=exe, fstype=fstype, mountpoint="/mnt", instance=instance)
+        return daemon.name if daemon else ""
+
+    assert [name("fuse.sshfs", "sshfs", where) for where in ("", "web-1", "web", "proj_db2", "proj_db3")] == [
+        "sshfs", "web", "", "web", "",
+    ]  # fmt: skip
+    assert [name("fuse", "/usr/bin/bindfs", where) for where in ("", "anything")] == ["bindfs", "bindfs"]
+    assert name("fuse.lxcfs", "lxcfs", "c1") == ""  # one inside of a container is its own affair
