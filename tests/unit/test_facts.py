@@ -33,7 +33,7 @@ from incus_fusecr.linux.zygote import JobTimeout
 def agent() -> Any:
     """One that can look at containers, and nothing else."""
     made: Any = object.__new__(Service)
-    made.tools = None
+    made.tools = SimpleNamespace(outside=lambda _init: [])
     return made
 
 
@@ -99,7 +99,7 @@ def test_one_odd_container_does_not_spoil_the_list(monkeypatch: pytest.MonkeyPat
         inventory, "connections", lambda init: [{"connection": n, "mountpoint": f"{init}" * 40} for n in range(count)]
     )
     made = agent()
-    made.tools = SimpleNamespace(zygote=None)
+    made.tools = SimpleNamespace(zygote=None, outside=lambda _init: [])
     pages = []
 
     def ask(args: dict[str, Any]) -> Any:
