@@ -300,3 +300,15 @@ def end_many(options: dict[str, Any]) -> dict[str, Any]:
     wait_for("their units end", lambda: not [unit for unit in units() if unit["name"].startswith("small")])
     return {}
 
+
+if __name__ == "__main__":
+    parts = {
+        "crash": crash,
+        "upgrade": upgrade,
+        "reads": reads,
+        "idle": idle,
+        "many": many,
+        "end_many": end_many,
+        "ready": lambda _: ready(),
+    }
+    print(json.dumps(parts[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -218,6 +218,11 @@ def tell_nodes(control: str, nodes: Iterable[Node], seconds: float = SECONDS) ->
             _exchange(sock, f"node {node} {generation} {path}")
 
 
+def warm(control: str, node: int, pids: Sequence[int], seconds: float = SECONDS) -> None:
+    """Have its sidecar asked for the file ``node`` in the name of each process; raises as :func:`ask`."""
+    ask(control, f"warm {node} {' '.join(map(str, pids))}", seconds)
+
+
 class Follower:
     """A connection that gets each event; a context manager. The guard drops who does not read."""
 

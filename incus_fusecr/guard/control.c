@@ -158,6 +158,22 @@ static const char *learn_node(char *words)
 	return "ok";
 }
 
+static const char *warm_each(char *words)
+{
+	char *end, *next;
+	unsigned long long id = strtoull(words, &end, 10), pid;
+	const char *answer = "error warm: ID PID...";
+
+	if (end == words)
+		return answer;
+	for (words = end; (pid = strtoull(words, &next, 10)) && next != words; words = next) {
+		answer = warm(id, pid);
+		if (strcmp(answer, "ok") != 0)
+			break;
+	}
+	return answer;
+}
+
 void control_read_roots(const char *path)
 {
 	char *line = NULL;
@@ -194,6 +210,8 @@ static void handle_message(unsigned int index, char *message)
 		answer = learn_root(message + 6);
 	} else if (strncmp(message, "node ", 5) == 0) {
 		answer = learn_node(message + 5);
+	} else if (strncmp(message, "warm ", 5) == 0) {
+		answer = warm_each(message + 5);
 	} else if (strcmp(message, "stop") == 0) {
 		if (pump_serving())
 			answer = "error stop: it serves: whoever has files open would get no answer";

@@ -151,6 +151,13 @@ struct sent *ask_as_root(enum purpose purpose, const struct request *owner, uint
 	return ask_with(&header, purpose, owner, body, size, more, more_size);
 }
 
+struct sent *ask_as_pid(enum purpose purpose, uint32_t pid, uint32_t opcode, uint64_t sid, const void *body, size_t size)
+{
+	struct in_header header = { .opcode = opcode, .nodeid = sid, .pid = pid };
+
+	return ask_with(&header, purpose, NULL, body, size, NULL, 0);
+}
+
 static void (*const answers[])(const struct sent *sent, int error, const char *body, size_t size) = {
 	[FOR_NODE] = node_primed,
 	[FOR_HANDLE] = handle_reopened,
@@ -161,6 +168,8 @@ static void (*const answers[])(const struct sent *sent, int error, const char *b
 	[FOR_TARGET] = again_target,
 	[FOR_HIDDEN_OPEN] = hidden_opened,
 	[FOR_HIDDEN_READ] = hidden_read,
+	[FOR_WARMTH_OPEN] = warmth_opened,
+	[FOR_WARMTH_READ] = warmth_read,
 };
 
 static struct sent *sent_take(uint64_t unique)

@@ -49,6 +49,8 @@ enum purpose {
 	FOR_TARGET,		/* LOOKUP of where something was renamed to, or from */
 	FOR_HIDDEN_OPEN,	/* OPENDIR, READDIR: the .fuse_hidden file of an unlinked node */
 	FOR_HIDDEN_READ,
+	FOR_WARMTH_OPEN,	/* OPEN and READ by nobody, see warm.c */
+	FOR_WARMTH_READ,
 	FOR_NOTHING,
 };
 
@@ -133,6 +135,8 @@ struct sent *ask(enum purpose purpose, const struct request *owner, uint32_t opc
 /* The same with the ids of root. */
 struct sent *ask_as_root(enum purpose purpose, const struct request *owner, uint32_t opcode, uint64_t sid,
 			 const void *body, size_t size, const void *more, size_t more_size);
+/* The same by a process of root that asks for itself. */
+struct sent *ask_as_pid(enum purpose purpose, uint32_t pid, uint32_t opcode, uint64_t sid, const void *body, size_t size);
 struct sent *sent_as(enum purpose purpose, const struct request *owner, uint64_t *unique);
 
 /* -- advance.c: what a request still needs before it can be sent */
@@ -164,6 +168,11 @@ void again_size(const struct sent *sent, int error, const char *body, size_t siz
 void again_entry(const struct sent *sent, int error, const char *body, size_t size);
 void again_entry_open(const struct sent *sent, int error, const char *body, size_t size);
 void again_target(const struct sent *sent, int error, const char *body, size_t size);
+
+/* -- warm.c: the sidecar is asked before it is needed */
+const char *warm(uint64_t id, uint32_t pid);	/* "ok", or why not */
+void warmth_opened(const struct sent *sent, int error, const char *body, size_t size);
+void warmth_read(const struct sent *sent, int error, const char *body, size_t size);
 
 /* -- notify.c: what the sidecar says unasked */
 void notify_message(int code, char *body, size_t size);

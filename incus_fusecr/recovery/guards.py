@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 from ..fuse.initprobe import kernel_init_request
@@ -157,6 +157,14 @@ class Guards:
         if link.guard is not None and link.nodes:
             with contextlib.suppress(OSError):
                 guard_client.tell_nodes(link.guard.control, link.nodes, 1.0)
+
+    def warm(self, link: Link, path: str, pids: Sequence[int]) -> None:
+        """Ask the sidecar for ``path`` in the name of each process, so that it knows their pid namespaces. One that does not
+        answer will have to get to know them when it is needed."""
+        node = next((number for number, _, name in link.nodes or () if name == path), None)
+        if link.guard is not None and node is not None and pids:
+            with contextlib.suppress(OSError):
+                guard_client.warm(link.guard.control, node, pids, 0.2)
 
     def look(self, links: Iterable[Link]) -> None:
         """Before the mounts of connections whose daemons are dead are detached."""

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import FusecrError
 from ..linux.fd import Fd
 from ..linux.zygote import JobError
-from . import acquaint, fresh, hostmount, recipe, warmup
+from . import acquaint, fresh, hostmount, keepwarm, recipe, warmup
 from .config import Daemon
 from .context import Context
 from .fresh import StartError
@@ -60,6 +60,7 @@ class Unit:
         self.paused = False
         self.restarts = Restarts(config.limits, lambda: time.monotonic())
         self.due: float | None = None
+        self.warm_again = 0.0
         self.problem = ""
         self._began = time.monotonic()  # of the current one's service
         self._mourned: int | None = None
@@ -172,6 +173,7 @@ class Unit:
             self.guard(link)
         self._swap_if_due()
         self._prepare()
+        keepwarm.tick(self)
         self._prove()
 
     def _look(self) -> hostmount.HostMount:

@@ -169,6 +169,7 @@ def unit(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(fresh, "detach_host_mount", detach)
     monkeypatch.setattr(units.acquaint, "once", lambda context, link, directories: None)
     monkeypatch.setattr(units.warmup, "warm", lambda zygote, tree, number, path: world.say(f"warm {number}"))
+    monkeypatch.setattr(units.keepwarm, "tick", lambda unit: None)
     monkeypatch.setattr(fresh, "tidy", lambda *names: None)
     monkeypatch.setattr(units.time, "monotonic", lambda: world.now)
     with contextlib.ExitStack() as undo:
