@@ -24,6 +24,7 @@ from incus_fusecr.recovery.control import ask
 LXCFS = "lxcfs"
 EVERY = 0.2  # seconds: the windows of lxreader
 WINDOW = 0.6  # of ours: three of these
+LATER = 2  # windows after the first one: until a new spare is there
 READY_SECONDS = 60.0
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -113,7 +114,7 @@ def control_window() -> tuple[float, float]:
 
 def crash(options: dict[str, Any]) -> dict[str, Any]:
     """``kills`` times."""
-    result: dict[str, Any] = {"control": [], "stalls": [], "serving_ms": [], "swapped_ms": [], "kills": 0}
+    result: dict[str, Any] = {"control": [], "stalls": [], "later": [], "serving_ms": [], "swapped_ms": [], "kills": 0}
     since = last_event()
     while result["kills"] < options["kills"]:
         ready()
@@ -126,9 +127,11 @@ def crash(options: dict[str, Any]) -> dict[str, Any]:
             os.kill(current["daemon"], signal.SIGKILL)
             served = follower.wait_for("serving", 20)
         result["serving_ms"].append(max(0.0, served.boottime_ms - boot))
-        time.sleep(max(0.0, start + WINDOW - time.monotonic()))
+        later = [(start + number * WINDOW, start + (number + 1) * WINDOW) for number in range(1, LATER + 1)]
+        time.sleep(max(0.0, later[-1][1] - time.monotonic()))
         result["control"] += stalls(options["places"], [before])
         result["stalls"] += stalls(options["places"], [(start, start + WINDOW)])
+        result["later"] += stalls(options["places"], later)
         result["kills"] += 1
     ready()
     events = [event for event in all_events(since) if event["what"] == "swapped"]

@@ -18,10 +18,10 @@ def quantile(values: Sequence[float], q: float) -> float:
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)] if values else 0.0
 
 
-def ratio(run: Mapping[str, Any], q: float) -> float:
+def ratio(run: Mapping[str, Any], q: float, of: str = "stalls") -> float:
     """Of a quantile of stalls to the control's."""
     control = quantile(run["control"], q)
-    return quantile(run["stalls"], q) / control if control else 0.0
+    return quantile(run.get(of, ()), q) / control if control else 0.0
 
 
 def reads_ratio(run: Mapping[str, Any]) -> float:
@@ -53,6 +53,8 @@ FIGURES: list[tuple[str, str, str, Callable[[Mapping[str, Any]], float], float |
     ("crash", "stall p99", "ms", lambda r: quantile(r["stalls"], 0.99), None),
     ("crash", "stall p50, ratio", "", lambda r: ratio(r, 0.5), 1.5),
     ("crash", "stall p99, ratio", "", lambda r: ratio(r, 0.99), 1.5),
+    ("crash", "while mounts are swapped, spare starts: p50, ratio", "", lambda r: ratio(r, 0.5, "later"), 1.5),
+    ("crash", "the same: p99, ratio", "", lambda r: ratio(r, 0.99, "later"), 1.5),
     ("crash", "kill to serving p50", "ms", lambda r: quantile(r["serving_ms"], 0.5), None),
     ("crash", "kill to serving p99", "ms", lambda r: quantile(r["serving_ms"], 0.99), 5),
     ("crash", "kill to all swapped p50", "ms", lambda r: quantile(r["swapped_ms"], 0.5), None),

@@ -21,6 +21,7 @@ from ..linux.libc import PR_SET_DUMPABLE, prctl
 from . import facts
 
 OUTPUT = 64 << 10  # bytes of the daemon's output that are passed on
+MAX_LOG = 1 << 20  # bytes
 NOT_ASKED = InitRequest(raw=b"", unique=0, major=0, minor=0, max_readahead=0, flags=0)
 
 
@@ -85,6 +86,8 @@ def main() -> None:
     prctl(PR_SET_DUMPABLE, 0)
     path, connection, device = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     os.set_inheritable(device, False)
+    if os.fstat(1).st_size > MAX_LOG:  # one that talks, and dies of everything it is asked, fills it again and again
+        os.ftruncate(1, 0)
     try:
         why = run(path, connection, device)
     except (FusecrError, OSError, ValueError, KeyError, TypeError) as error:

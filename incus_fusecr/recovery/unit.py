@@ -31,7 +31,10 @@ from .trees import Fresh
 
 log = logging.getLogger(__name__)
 
-CALM = 0.3  # seconds after a recovery until the next spare is started
+SOON = 0.3  # seconds after somebody's daemon was adopted until its spare is started
+# Both take a processor from the clients, and one after the other they notice half as much of it (ADR 0012); seconds after a death
+SETTLE = 0.6  # until the mounts are swapped; the sidecar serves meanwhile
+CALM = 1.2  # until the next spare is started
 PROBATION = 60.0  # seconds in which the executable of an upgrade may turn out to be bad
 STEADY = 0.3
 PASSES = (0.3, 1.0, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)  # seconds between looks for mounts of old connections that came meanwhile
@@ -40,8 +43,7 @@ UNKNOWN_SECONDS = 1.0  # a connection that nobody serves for so long has died be
 
 class Unit:
     """
-    :ivar current: the connection that everybody is to have
-    :ivar warm: the spare
+    :ivar current: the connection that everybody is to have; ``warm``: the spare
     :ivar candidate: what an upgrade has started and nobody uses yet
     :ivar due: when to settle again even if nothing happens; None: not at all
     :ivar instance: the container that it is in, by liblxc's name; empty: the host
@@ -57,21 +59,18 @@ class Unit:
         self.warm: int | None = None
         self.candidate: int | None = None
         self.recipe: Recipe | None = None
-        self.paused = False
+        self.paused = self._proven = False
         self.restarts = Restarts(config.limits, lambda: time.monotonic())
         self.due: float | None = None
         self.warm_again = 0.0
         self.problem = ""
         self._began = time.monotonic()  # of the current one's service
         self._mourned: int | None = None
-        self._proven = False
         self._unknown: tuple[int, float] | None = None
         self._refused: tuple[int, int] | None = None
         self._swap_at: float | None = None
-        self._pass = 0
-        self._warm_at = 0.0
-        self._warm_failures = 0
         self._died_at: float | None = None
+        self._pass, self._warm_at, self._warm_failures = 0, 0.0, 0
         self._fallback: tuple[Recipe, float] | None = None
         self._swapper = Swapper(zygote_opener(context.zygote), zygote_locker(context.zygote), self._record)
 
@@ -239,7 +238,7 @@ class Unit:
         self.put()
         self._began, self._proven, self._mourned = time.monotonic(), False, None
         self._swap_at, self._pass = self._began, 0
-        self._warm_at = self._began + CALM
+        self._warm_at = self._began + SOON
 
     def _recover(self) -> None:
         """The current daemon is dead, or there is none."""
@@ -275,7 +274,9 @@ class Unit:
                 self.event("start-failed", self.current or 0, level=logging.ERROR, why=str(error))
                 self.wake(now + self.restarts.ask().seconds)
                 return
+        waiting = self._swap_at if not self._pass else None  # so that deaths one after another do not put it off for ever
         self.promote(warm)
+        self._swap_at, self._warm_at = waiting or self._began + SETTLE, self._began + CALM
 
     def fall_back_to(self, before: Recipe) -> None:
         """After an upgrade: if the new daemon ends by itself soon, the old executable serves again."""

@@ -231,7 +231,7 @@ class FakeFuse:
         action = self.action(name, request)
         if action:
             with open(f"{self.backing}.log", "a") as log:
-                log.write(f"{name} {action} {os.getpid()}\n")
+                log.write(f"{name} {action} {os.getpid()} {request.pid}\n")
         if action == "die":
             os._exit(1)
         if action == "ignore":

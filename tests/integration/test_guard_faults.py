@@ -14,6 +14,7 @@ import guard_box
 import pytest
 from guard_box import Box, Client, Daemon, Guard, Refused, wait_for
 
+from incus_fusecr.guard import client as guard_client
 from incus_fusecr.guard.client import Options
 
 pytestmark = [
@@ -434,3 +435,27 @@ def asleep(pid: int) -> bool:
     """In poll(2) or its like, by what the kernel calls the place where it sleeps."""
     place = Path(f"/proc/{pid}/wchan").read_text()
     return "poll" in place or "select" in place
+
+
+def test_a_sidecar_in_standby_is_asked_in_the_name_of_others(box: Box) -> None:
+    """As it will be asked after a death: a file is opened, read and closed for each of them."""
+    fake = Fake(box, second=("OPEN:a:noted", "READ:a:noted", "RELEASE:a:noted"))
+    fake.guard.sidecar()
+
+    def warm() -> list[str]:
+        guard_client.warm(fake.guard.control, 777, [11, 22])
+        return fake.log()
+
+    with pytest.raises(guard_client.GuardError, match="not told of this node"):
+        guard_client.warm(fake.guard.control, 777, [11])
+    guard_client.tell_nodes(fake.guard.control, [(777, 0, "/a")])
+    wait_for(warm, "somebody asks")  # the first one has it look for the file
+    wait_for(lambda: sum(line.startswith("RELEASE") for line in fake.log()) >= 2, "all is closed again")
+    asked = [line.split() for line in fake.log()]
+    for opcode in ("OPEN", "READ"):
+        assert {words[3] for words in asked if words[0] == opcode} == {"11", "22"}
+    assert fake.guard.number("handles") == 0 and fake.guard.status()["phase"] == "standby"
+    fake.daemon.kill()
+    assert fake.client.value("open(f'{mount}/a').read()") == "text of a"
+    with pytest.raises(guard_client.GuardError, match="standby"):
+        guard_client.warm(fake.guard.control, 777, [11])

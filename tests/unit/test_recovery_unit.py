@@ -170,6 +170,7 @@ def unit(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(units.acquaint, "once", lambda context, link, directories: None)
     monkeypatch.setattr(units.warmup, "warm", lambda zygote, tree, number, path: world.say(f"warm {number}"))
     monkeypatch.setattr(units.keepwarm, "tick", lambda unit: None)
+    monkeypatch.setattr(units, "SETTLE", 0.0)
     monkeypatch.setattr(fresh, "tidy", lambda *names: None)
     monkeypatch.setattr(units.time, "monotonic", lambda: world.now)
     with contextlib.ExitStack() as undo:
@@ -250,6 +251,25 @@ def test_the_next_spare_waits_for_calm(unit: units.Unit, world: World) -> None:
     world.now += units.CALM + 0.01
     unit.settle()
     assert "start 101" in world.taken() and unit.warm == 101
+
+
+def test_the_swap_waits_a_moment_and_no_longer(unit: units.Unit, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the next one dies meanwhile."""
+    adopted(unit, world)
+    world.now += 100
+    unit.settle()
+    monkeypatch.setattr(units, "SETTLE", 0.6)
+    began = world.now
+    for number in (1, 100, 101):
+        world.alive.discard(number)
+        unit.links[number].daemon.status = signal.SIGKILL
+        unit.settle()
+        assert not [text for text in world.taken() if text.startswith("swap")]
+        assert unit.due is not None and unit.due <= began + 0.6 + 0.001
+        world.now += 0.15
+    world.now = began + 0.61
+    unit.settle()
+    assert [text for text in world.taken() if text.startswith("swap")] == [f"swap 1,100,101 to {unit.current}"]
 
 
 def test_without_a_spare_one_is_started(unit: units.Unit, world: World) -> None:
