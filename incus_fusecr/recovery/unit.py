@@ -227,7 +227,8 @@ class Unit:
         self.context.keeping.put_link(link)
         self.context.keeping.put_tree(link)
 
-    def promote(self, link: Link) -> None:
+    def promote(self, link: Link, settle: float = 0.0) -> None:
+        """:param settle: seconds until the mounts are swapped, if that does not wait already"""
         keeping = self.context.keeping
         self.current = link.number
         self.recipe, self.problem = link.recipe, ""
@@ -237,8 +238,9 @@ class Unit:
             keeping.put_role("warm", self.key, None)
         self.put()
         self._began, self._proven, self._mourned = time.monotonic(), False, None
-        self._swap_at, self._pass = self._began, 0
-        self._warm_at = self._began + SOON
+        if self._pass or self._swap_at is None:  # else deaths one after another would put it off for ever
+            self._swap_at = self._began + settle
+        self._pass, self._warm_at = 0, self._began + (CALM if settle else SOON)
 
     def _recover(self) -> None:
         """The current daemon is dead, or there is none."""
@@ -274,9 +276,7 @@ class Unit:
                 self.event("start-failed", self.current or 0, level=logging.ERROR, why=str(error))
                 self.wake(now + self.restarts.ask().seconds)
                 return
-        waiting = self._swap_at if not self._pass else None  # so that deaths one after another do not put it off for ever
-        self.promote(warm)
-        self._swap_at, self._warm_at = waiting or self._began + SETTLE, self._began + CALM
+        self.promote(warm, SETTLE)
 
     def fall_back_to(self, before: Recipe) -> None:
         """After an upgrade: if the new daemon ends by itself soon, the old executable serves again."""

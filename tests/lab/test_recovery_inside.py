@@ -39,7 +39,7 @@ def configured(containers_gone: list[Container]) -> Iterator[None]:
     for container in [c for c in containers_gone if c.name.startswith("ri-")]:
         container.delete()
     for host in HOSTS:
-        wait_for("the end of all units", lambda host=host: [u["name"] for u in units(host)] == ["lxcfs"])
+        wait_for("the end of all units", lambda host=host: not [u for u in units(host) if u["instance"]])
         left = sh(host, "ls /run/incus-fusecr | grep -e ^facts- -e '^sidecar-.*[.]ri-' ; pgrep -f '[r]ecovery.sidecar'", code=None)
         sh(host, f"rm {CONFIG}; labctl restart agent")
         assert left == ""
