@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import subprocess
 
 from ..errors import FusecrError
 from ..linux.zygote import Zygote
-from ..recovery import config, control
+from ..recovery import config, control, facts
 from ..recovery.containers import Aside, ContainerSupervisor
 from ..recovery.events import EventLog
 from ..recovery.supervisor import Supervisor, missing
@@ -27,7 +28,7 @@ class Recovering:
         self.events = EventLog()
         self.supervisor = Supervisor(zygote, configuration, self.events)
         inside: list[Supervisor] = []
-        if any(daemon.protect and daemon.where != "host" for daemon in configuration.daemons):
+        if wanted_inside(configuration):
             inside.append(ContainerSupervisor(zygote, configuration, self.events, aside=aside))
         self.supervisors = [self.supervisor, *inside]
         self.server = control.Server(self.supervisor, self.events, more=inside)
@@ -49,6 +50,11 @@ class Recovering:
             except (FusecrError, TimeoutError) as error:
                 log.error("recovery: %s; guards and holder go on", error or "no answer")
         self.events.close()
+
+
+def wanted_inside(configuration: config.Config) -> bool:
+    """Whether daemons in containers are to be protected, or an agent before has left some that are to be given back."""
+    return any(d.protect and d.where != "host" for d in configuration.daemons) or bool(glob.glob(facts.path_of("*")))
 
 
 def start(zygote: Zygote, aside: Aside) -> Recovering | None:

@@ -85,8 +85,11 @@ class Contained(Unit):
             return
         self._forget_gone()
         if self.paused:
-            for link in self.olds():
-                self.guard(link)
+            for link in list(self.links.values()):
+                if link.alive() and self.context.guards.stop(link):
+                    self.remove(link)
+                else:
+                    self.guard(link)
             self.over = not self.links and not self._mounted()
             return
         try:

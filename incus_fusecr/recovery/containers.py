@@ -120,6 +120,11 @@ class ContainerSupervisor(Supervisor):
         container = Container(str(meta["instance"]), int(pid), int(start))
         return Contained(self._context, key, config, str(meta["mountpoint"]), container)
 
+    def _load_unit(self, key: str, meta: dict[str, Any]) -> None:
+        super()._load_unit(key, meta)
+        unit = self.units[key]
+        unit.paused = unit.paused or not unit.config.in_container(unit.instance)  # it was named in the configuration before
+
     def _unit_for(self, key: str) -> Unit | None:
         """Holder and agent have died together: the file of facts tells what the guard belongs to."""
         if key in self.units:

@@ -234,6 +234,21 @@ def test_stopping_the_service_leaves_no_trace(small: Callable[..., Container]) -
     protected(container)
 
 
+def test_what_the_configuration_no_longer_names_is_given_back(small: Callable[..., Container]) -> None:
+    """The agent before had no time for it."""
+    container = small("ri-named", modes=MODES)
+    (unit,) = protected(container)
+    sh("h1", f"mv {CONFIG} {CONFIG}.off; kill -9 $(labctl pid agent); labctl restart agent")
+    try:
+        guard = unit["connections"][0]["guard"]
+        wait_for("the end of its guard", lambda: sh("h1", f"ls -d /proc/{guard} || true") == "")
+        container.advances()
+    finally:
+        sh("h1", f"mv {CONFIG}.off {CONFIG}; labctl restart agent")
+    sh("h1", f"incus-fusecr protect {unit['name']}", code=None)
+    protected(container)
+
+
 def test_what_cannot_be_protected_is_said(debian: Callable[..., Container]) -> None:
     container = debian("ri-unfit")
     container.sh("mkdir -p /srv/a /mnt/a /mnt/b /mnt/c; echo x >/srv/a/f")
