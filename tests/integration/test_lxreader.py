@@ -231,8 +231,8 @@ def test_a_delay_is_in_the_histogram_the_windows_and_the_slow_ones(read: Read, t
     reader = read(tree.root, "loop", "--slow", "250")
     reader.advance()
     path = tree.root / "proc/loadavg"
-    path.unlink()
-    os.mkfifo(path)  # its open waits for a writer, as one of a file without a daemon does for an answer
+    os.mkfifo(tree.root / "proc/fifo")  # its open waits for a writer, as one of a file without a daemon does for an answer
+    (tree.root / "proc/fifo").rename(path)
     start = time.monotonic()
     time.sleep(0.4)
     with path.open("w") as fifo:
