@@ -16,7 +16,7 @@ from ..linux.zygote import JobError
 from . import warmup
 from .fresh import StartError
 from .link import Link
-from .unit import Unit
+from .unit import SETTLE, Unit
 
 INIT_SECONDS = 10.0
 STEADY_SECONDS = 0.3  # so long a new daemon has to live before anybody gets it, at least
@@ -89,7 +89,7 @@ def finish(unit: Unit, new: Link, began: float | None = None) -> dict[str, objec
         raise _refused(unit, what, wanted.exe, new, error.why) from None
     unit.candidate = None
     unit.discard(unit.link(unit.warm))  # it is of the old executable
-    unit.promote(new)
+    unit.promote(new, SETTLE)  # the swap is now, its spare comes later
     unit.fall_back_to(old.recipe)
     made = unit.fresh()
     assert made is not None
