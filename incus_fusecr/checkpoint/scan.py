@@ -20,6 +20,7 @@ MAX_REFS = 65536
 MAX_GENERATIONS = 64
 ATTACHED = "parent"  # Process.outside of an `incus exec` that goes on, and of what it began
 SCAN_SECONDS = 10.0
+SIDECAR = "incus_fusecr.recovery.sidecar"
 
 
 @dataclass(frozen=True)
@@ -173,11 +174,18 @@ def scan_job(args: dict[str, Any], _fds: list[int]) -> tuple[Any, list[int]]:
     init = int(args["init"])
     depth = len(proc.ns_pids(init)) - 1
     processes: list[Process] = []
+    ours: set[int] = set()
     for pid in container_pids(init):
         try:
             processes.append(_process(pid, depth, init))
-        except (FileNotFoundError, ProcessLookupError, KeyError, IndexError):
+        except IndexError:  # of the host, in the container's cgroup
+            ours.update([pid] if _is_sidecar(pid) else [])
+        except (FileNotFoundError, ProcessLookupError, KeyError):
             continue
+    # Sidecars are taken away before anything is dumped: they, and what they have started, are no processes of the container's.
+    while more := {p.pid for p in processes if p.ppid in ours} - ours:
+        ours |= more
+    processes = [p for p in processes if p.pid not in ours]
     served = {number for p in processes for _fd, number in p.devices}
     tables: dict[str, dict[int, FuseMount]] = {}
     idmapped = False
@@ -219,6 +227,14 @@ def scan_job(args: dict[str, Any], _fds: list[int]) -> tuple[Any, list[int]]:
         asdict(Scan(init, processes, mounts, refs, _locks({p.pid for p in processes}, served), idmapped, roots)),
         [],
     )
+
+
+def _is_sidecar(pid: int) -> bool:
+    """Of recovery/sidecar.py; by the command line, which nobody in the container can have, as it is not in its pid namespace."""
+    try:
+        return SIDECAR in proc.read_text(f"/proc/{pid}/cmdline", 4096)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _outside(pid: int, init: int, depth: int, status: dict[str, str]) -> str:

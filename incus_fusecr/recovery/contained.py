@@ -162,23 +162,20 @@ class Contained(Unit):
         except OSError:
             self.wake(time.monotonic() + MOURNING)  # it has just ended
             return False
+        where = self.container.name, self.container.identity, self.mountpoint
         try:
-            exe, unfit = inside.read(
-                self.context.zygote, self.facts, pid, self.container.name, self.container.identity, self.mountpoint, number
-            )
+            exe, unfit = inside.read(self.context.zygote, self.facts, pid, *where, number, self.config.name)
         except JobError as error:  # frozen, or stopped by somebody
-            for fd in fds:
-                fd.close()
-            daemon.close()
+            exe, unfit = "", ""
             log.debug("%s: %s", self.key, error)
             self.wake(time.monotonic() + AGAIN)
-            return False
         if unfit:
+            self._refused, self.problem = (pid, number), unfit
+            self.event("cannot-protect", number, level=logging.WARNING, pid=pid, why=unfit)
+        if not exe:
             for fd in fds:
                 fd.close()
             daemon.close()
-            self._refused, self.problem = (pid, number), unfit
-            self.event("cannot-protect", number, level=logging.WARNING, pid=pid, why=unfit)
             return False
         link = Link(number, self.key, daemon, Recipe(exe, (), facts=self.facts), False, fds)
         self.add(link)

@@ -134,7 +134,7 @@ class ContainerSupervisor(Supervisor):
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.error("%s: %s", facts.path_of(key), error)
             return None
-        config = next((d for d in self.config.daemons if key.startswith(f"{d.name[:32]}.")), None)
+        config = self.config.get(found.name)
         if config is None:
             return None
         made = Contained(self._context, key, config, found.mountpoint, Container(found.instance, *found.init))

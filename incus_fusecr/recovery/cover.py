@@ -8,6 +8,7 @@ stays in the group, and tells it when it comes back. The fresh mount is taken of
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -59,7 +60,7 @@ def _open(args: dict[str, Any], fds: list[int]) -> tuple[Fd, Fd]:
     place = str(args["mountpoint"])
     found = Fd(os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC), place)
     if device(found.fileno()) != (0, int(args["connection"])):
-        raise OSError(11, "another mount has come meanwhile", place)
+        raise OSError(errno.EAGAIN, "another mount has come meanwhile", place)
     return proc, found
 
 

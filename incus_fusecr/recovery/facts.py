@@ -41,7 +41,7 @@ class Facts:
     :ivar daemon: as it was when it was met; its ``pid`` means nothing any more
     :ivar instance: liblxc's name of the container
     :ivar init: pid and start time of the container's init
-    :ivar connection: that it served
+    :ivar name: of the daemon in the configuration
     :ivar covers: it has to be told that it mounts on what is not empty: libfuse 2 refuses that, libfuse 3 knows no such option
     """
 
@@ -49,7 +49,7 @@ class Facts:
     instance: str
     init: tuple[int, int]
     mountpoint: str
-    connection: int
+    name: str
     covers: bool = False
 
     def fresh(self) -> Daemon:
@@ -70,7 +70,7 @@ class Facts:
         pidfd = os.pidfd_open(pid)
         if proc.start_time(pid) != start or proc.dying(pid):
             os.close(pidfd)
-            raise ProcessLookupError(3, "the container has ended", self.instance)
+            raise ProcessLookupError(errno.ESRCH, "the container has ended", self.instance)
         return pidfd
 
     def open_exe(self) -> int:
@@ -111,7 +111,7 @@ def load(path: str) -> Facts:
     daemon["connections"] = frozenset(daemon["connections"])
     pid, start = raw["init"]
     place = str(raw["instance"]), (int(pid), int(start)), str(raw["mountpoint"])
-    return Facts(Daemon(**daemon), *place, int(raw["connection"]), bool(raw["covers"]))
+    return Facts(Daemon(**daemon), *place, str(raw["name"]), bool(raw["covers"]))
 
 
 def userns(path: str) -> Fd:
@@ -127,7 +127,7 @@ def userns(path: str) -> Fd:
         return Fd(os.open(f"/proc/{found.init[0]}/ns/user", os.O_RDONLY | os.O_CLOEXEC), "user namespace")
 
 
-def read(pid: int, instance: str, init: tuple[int, int], mountpoint: str, connection: int) -> Facts:
+def read(pid: int, instance: str, init: tuple[int, int], mountpoint: str, connection: int, name: str) -> Facts:
     """Of a living daemon; stops it for less than a millisecond if it has seccomp filters. May wait for it: for children only.
 
     :raises Unfit: no copy could take its place
@@ -149,7 +149,7 @@ def read(pid: int, instance: str, init: tuple[int, int], mountpoint: str, connec
     covers = not any(b"nonempty" in word for word in daemon.argv) and any(
         os.path.basename(mapping.path).startswith(LIBFUSE2) for mapping in proc.file_mappings(pid)
     )
-    return Facts(dataclasses.replace(daemon, environ=environ), instance, init, mountpoint, connection, covers)
+    return Facts(dataclasses.replace(daemon, environ=environ), instance, init, mountpoint, name, covers)
 
 
 def unfit_words(argv: Sequence[bytes], mountpoint: str, directories: Sequence[bytes]) -> str:

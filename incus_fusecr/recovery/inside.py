@@ -29,13 +29,14 @@ LOOK_SECONDS = 0.005
 
 
 def read(
-    zygote: Zygote, path: str, pid: int, instance: str, init: tuple[int, int], mountpoint: str, number: int
+    zygote: Zygote, path: str, pid: int, instance: str, init: tuple[int, int], mountpoint: str, number: int, name: str
 ) -> tuple[str, str]:
     """Write the facts of a daemon to ``path``. :returns: its executable, and why it cannot be protected (or empty)
 
     :raises JobError: not now; it may be ending, or frozen
     """
-    args = {"path": path, "pid": pid, "instance": instance, "init": init, "mountpoint": mountpoint, "connection": number}
+    args = {"path": path, "pid": pid, "instance": instance, "init": init, "name": name}
+    args |= {"mountpoint": mountpoint, "connection": number}
     found, _ = zygote.run(f"{__name__}:job_read", args, deadline=READ_SECONDS, on=connection.label(number))
     return str(found["exe"]), str(found["unfit"])
 
@@ -45,7 +46,8 @@ def job_read(args: dict[str, Any], _fds: list[int]) -> tuple[Any, list[int]]:
     pid, start = args["init"]
     mountpoint, number = str(args["mountpoint"]), int(args["connection"])
     try:
-        found = facts.read(int(args["pid"]), str(args["instance"]), (int(pid), int(start)), mountpoint, number)
+        init = int(pid), int(start)
+        found = facts.read(int(args["pid"]), str(args["instance"]), init, mountpoint, number, str(args["name"]))
     except Unfit as error:
         return {"exe": "", "unfit": str(error)}, []
     os.close(found.open_init())

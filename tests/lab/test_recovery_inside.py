@@ -16,6 +16,8 @@ import pytest
 from fusecontainer import CLIENTS, PLACE, Container, on, sh, wait_for
 
 pytestmark = pytest.mark.requires_root
+# "|| true" below: grep, ls, pgrep and pidof that find nothing end with 1, which is what is hoped for. sh() asserts 0, so that a
+# host or a container that is not there fails.
 
 HOSTS = ("h1", "h2")
 HOLDER = "pgrep -x fusecr-holder"
@@ -28,7 +30,9 @@ INSIDE = "where = containers\ninstances = ri-*\n"
 SECTIONS = "".join(
     f"[daemon {name.replace('_', '-')}]\nexe = {name}\n{INSIDE}durability = relaxed\nrestart-burst = 100\n"
     for name in ("bindfs", "passthrough_fh")
-) + f"[daemon sshfs]\nexe = sshfs\n{INSIDE}"
+)
+SECTIONS += f"[daemon sshfs]\nexe = sshfs\n{INSIDE}"
+SECTIONS += f"[daemon warm]\nexe = passthrough_fh\nmountpoint = /mnt/warm\nstandby = warm\n{INSIDE}"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,6 +106,8 @@ def test_kills_under_all_clients(
     container.daemon(kind, f"/mnt/{kind}")
     (unit,) = protected(container)
     container.sh(f"mkdir -p /mnt/bound /mnt/{kind}/below; mount --bind /mnt/{kind}/below /mnt/bound")
+    # A peer of the daemon's own mount: there is to be one of it after all kills, and not two to the power of their number.
+    container.sh(f"mkdir -p /mnt/whole; mount --bind /mnt/{kind} /mnt/whole")
     for mode in (*MODES, "mapper"):
         container.client(mode, f"/mnt/{kind}")
     container.client("reader", "/mnt/bound")
@@ -178,6 +184,29 @@ def test_a_daemon_that_died_moves_with_its_container(small: Callable[..., Contai
     (unit,) = protected(container)
     kill(container, unit)
     container.advances()
+
+
+def test_a_warm_sidecar_and_another_executable(debian: Callable[..., Container], static: Callable[[str], Any]) -> None:
+    """The sidecar is there before a death, and in nobody's way at a move; the next daemon is what is on disk by then."""
+    container = debian("ri-warm")
+    container.push([static("passthrough_fh")])
+    container.daemon("passthrough_fh", "/mnt/warm")
+
+    def ready() -> dict[str, Any]:
+        (unit,) = protected(container)
+        wait_for("its sidecar", lambda: units(container.host, container.name)[0]["connections"][0]["sidecar"])
+        return unit
+
+    ready()
+    container.client("reader", "/mnt/warm")
+    container.migrate("h2:")
+    unit = ready()
+    container.advances()
+    container.sh(f"cd {PLACE}; cp passthrough_fh new; mv new passthrough_fh")
+    kill(container, unit)
+    container.advances()
+    (pid,) = container.sh("pgrep -x -P 1 passthrough_fh").split()
+    assert container.sh(f"stat -L -c %i /proc/{pid}/exe") == container.sh(f"stat -c %i {PLACE}/passthrough_fh")
 
 
 def test_what_is_unmounted_inside_is_gone(small: Callable[..., Container]) -> None:

@@ -30,7 +30,7 @@ DAEMON = Daemon(
 
 
 def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
-    made = Facts(DAEMON, "proj_c1", (12, 34567), "/mnt/\udcff", 9, True)
+    made = Facts(DAEMON, "proj_c1", (12, 34567), "/mnt/\udcff", "ssh.fs", True)
     path = str(tmp_path / "facts.json")
     made.save(path)
     assert facts.load(path) == made
@@ -47,8 +47,8 @@ def test_what_is_none_of_ours_is_an_error_of_the_file(tmp_path: Path, text: str)
 
 def test_only_who_needs_it_is_told_that_it_covers_something() -> None:
     init = (os.getpid(), 0)
-    assert Facts(dataclasses.replace(DAEMON, cgroups=[]), "c", init, "/m", 1, True).fresh().argv[-2:] == [b"-o", b"nonempty"]
-    assert Facts(dataclasses.replace(DAEMON, cgroups=[]), "c", init, "/m", 1).fresh().argv == DAEMON.argv
+    assert Facts(dataclasses.replace(DAEMON, cgroups=[]), "c", init, "/m", "x", True).fresh().argv[-2:] == [b"-o", b"nonempty"]
+    assert Facts(dataclasses.replace(DAEMON, cgroups=[]), "c", init, "/m", "x").fresh().argv == DAEMON.argv
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,8 @@ class Some:
 def test_each_daemon_is_asked_of_who_has_it(tmp_path: Path) -> None:
     host, inside = Some("lxcfs"), Some("sshfs.c1.0")
     log = EventLog(str(tmp_path / "events"))
-    server: Any = control.Server(host, log, str(tmp_path / "sock"), [inside])  # type: ignore[arg-type,list-item]
+    pair: Any = (host, [inside])
+    server: Any = control.Server(pair[0], log, str(tmp_path / "sock"), pair[1])
     try:
         status = server._do({"op": "status"})
         assert [unit["name"] for unit in status["units"]] == ["lxcfs", "sshfs.c1.0"] and status["holder_restarts"] == 1
